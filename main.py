@@ -1,0 +1,127 @@
+"""Fine-tune Vision Transformers on photographs of birds.
+
+usage: python main.py [train] [--config=FILE] [--workdir=DIR] [--config.x.y=value ...]
+       python main.py prepare --archive=DIR --out=DIR [--metadata_only] [--train_size=269] [--test_size=224]
+       python main.py evaluate --workdir=DIR [--step=N] [--data_root=DIR]
+
+  train     fine-tune, or go on with the run in the workdir; alone, it trains configs/demo.py on birds it draws
+  prepare   crop the photographs of an NABirds archive to their birds, ready for training
+  evaluate  score a run's best checkpoint (or that of a step) on the test photographs
+  help      print this; `python main.py COMMAND --help` explains a command's flags
+
+Exit codes: 0 finished; 75 stopped on request, all saved: run the same command again; 2 wrong usage; 1 other failure.
+"""
+
+import errno
+import logging
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from absl import logging as absl_logging
+
+FLAGS = flags.FLAGS
+EXIT_FAILED, EXIT_USAGE = 1, 2
+
+
+def train_flags() -> None:
+    from ml_collections import config_flags
+
+    demo = Path(__file__).parent / "configs" / "demo.py"
+    config_flags.DEFINE_config_file("config", str(demo), "Configuration file; --config.x.y=value changes a field.")
+    flags.DEFINE_string("workdir", None, "Folder of the run (default: runs/ and the name of the configuration file).")
+
+
+def train() -> int:
+    from vit_nabirds.train import train
+
+    name = Path(FLAGS["config"].config_filename.split(":")[0]).stem
+    return train(FLAGS.config, Path(FLAGS.workdir or f"runs/{name}"))
+
+
+def prepare_flags() -> None:
+    flags.DEFINE_string("archive", None, "Folder of the unpacked NABirds archive.", required=True)
+    flags.DEFINE_string("out", None, "Folder to write metadata.parquet and cleaned_images/ to.", required=True)
+    flags.DEFINE_boolean("metadata_only", False, "Write metadata.parquet alone.")
+    flags.DEFINE_integer("train_size", 269, "Side of a training image in pixels; training crops at random from it.")
+    flags.DEFINE_integer("test_size", 224, "Side of a test image in pixels: the model's image size.")
+    flags.DEFINE_float("margin", 0.2, "Margin around a training bird, as a share of its bounding box on each side.")
+
+
+def prepare() -> int:
+    from vit_nabirds.prepare import prepare
+
+    geometry = dict(train_size=FLAGS.train_size, test_size=FLAGS.test_size, margin=FLAGS.margin)
+    prepare(FLAGS.archive, FLAGS.out, metadata_only=FLAGS.metadata_only, **geometry)
+    return 0
+
+
+def evaluate_flags() -> None:
+    flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+    flags.DEFINE_integer("step", None, "Step of the checkpoint (default: the best).")
+    flags.DEFINE_string("data_root", None, "Prepared folder (default: the one that the run was trained on).")
+
+
+def evaluate() -> int:
+    from vit_nabirds.evaluate import evaluate_run
+
+    return evaluate_run(Path(FLAGS.workdir), FLAGS.step, FLAGS.data_root)
+
+
+COMMANDS = {
+    "train": (train_flags, train),
+    "prepare": (prepare_flags, prepare),
+    "evaluate": (evaluate_flags, evaluate),
+}
+
+
+def parse(argv: list[str]) -> list[str]:
+    """absl's parser, with one line for a mistake and exit code 2."""
+    try:
+        rest = FLAGS(argv)
+        if len(rest) > 1:
+            raise flags.Error(f"unexpected argument {rest[1]!r}")
+        if "config" in FLAGS and FLAGS.config is not None:
+            FLAGS.config.lock()  # reports a configuration file that could not be loaded
+        return rest
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        fail(" ".join(str(error).replace("\\n", " ").split()), EXIT_USAGE)
+
+
+def run(_argv: list[str]) -> int:
+    from vit_nabirds.errors import UserError
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log = logging.getLogger("vit_nabirds")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax and JAX tell of every step they take
+    try:
+        return COMMANDS[command][1]()
+    except UserError as error:
+        fail(str(error), EXIT_FAILED)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise
+        fail(str(error), EXIT_FAILED)
+
+
+def fail(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    named = len(sys.argv) > 1 and not sys.argv[1].startswith("-")
+    command = sys.argv.pop(1) if named else "train"
+    if command == "help":
+        print(__doc__.strip())
+        sys.exit(0)
+    if command not in COMMANDS:
+        fail(f"there is no command {command!r}: it is one of {', '.join(COMMANDS)}, help", EXIT_USAGE)
+    COMMANDS[command][0]()
+    app.run(run, flags_parser=parse)

@@ -1,0 +1,1 @@
+"""Fine-tune Vision Transformers on photographs of birds, on every device of every host."""

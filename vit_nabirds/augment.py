@@ -1,0 +1,42 @@
+"""Augmentation and normalisation of uint8 batches, on the device, inside the jitted step."""
+
+import dataclasses
+
+import dm_pix as pix
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalization:
+    """Mean and standard deviation of each channel, for pixels in [0, 1], as the checkpoint was trained with."""
+
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+
+def to_float(images: jax.Array) -> jax.Array:
+    """uint8 pixels -> float32 in [0, 1]."""
+    return images.astype(jnp.float32) / 255
+
+
+def zscore(images: jax.Array, normalization: Normalization) -> jax.Array:
+    """Pixels in [0, 1] -> zero mean and unit variance, channel by channel."""
+    return (images - jnp.array(normalization.mean)) / jnp.array(normalization.std)
+
+
+def augment(images: jax.Array, key: jax.Array, crop: int) -> jax.Array:
+    """uint8 (batch, size, size, 3) -> float32 (batch, crop, crop, 3) in [0, 1], at random.
+
+    A record's draw depends on `key` (of seed and step) and its position in the global batch alone, so that it is
+    the same on any number of devices and hosts.
+    """
+
+    def one(image: jax.Array, position: jax.Array) -> jax.Array:
+        keys = jax.random.split(jax.random.fold_in(key, position), 4)
+        image = pix.random_crop(keys[0], image, (crop, crop, 3))
+        image = pix.random_flip_left_right(keys[1], image)
+        image = pix.random_contrast(keys[2], image, 0.8, 1.2)
+        return pix.random_gamma(keys[3], image, 0.6, 1.2)
+
+    return jax.vmap(one)(to_float(images), jnp.arange(images.shape[0]))

@@ -1,0 +1,109 @@
+"""Checkpoints of a run: written in the background with Orbax, the newest and the best kept."""
+
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from vit_nabirds.augment import Normalization
+from vit_nabirds.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class About:
+    """What a checkpoint needs to be used without its data set."""
+
+    config: dict
+    architecture: dict  # arguments of VisionTransformer
+    species: list[str]  # by label
+    normalization: Normalization
+    fingerprint: str  # of the data
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict) -> "About":
+        normalization = Normalization(*(tuple(values) for values in fields["normalization"].values()))
+        return cls(**fields | {"normalization": normalization})
+
+
+class Checkpoints:
+    """The folder `checkpoints` of a run.
+
+    The two newest are kept (should the machine die while one is being written, the other is whole) and the best:
+    `best_step` is told after each evaluation, which follows the save that it judges.
+    """
+
+    def __init__(self, folder: Path, read_only: bool = False):
+        self.best_step: int | None = None
+        self._orbax = ocp.training.Checkpointer(
+            folder.absolute(),
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=self,
+            cleanup_tmp_directories=not read_only,
+        )
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """Orbax's PreservationPolicy."""
+        newest = [checkpoint.step for checkpoint in checkpoints][-2:]
+        return [checkpoint.step in (*newest, self.best_step) for checkpoint in checkpoints]
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        return [checkpoint.step for checkpoint in self._orbax.checkpoints]
+
+    def save(self, step: int, state: dict, about: About) -> None:
+        """Copy the state and return; it is written in the background and shows when it is complete."""
+        training = {name: part for name, part in state.items() if name != "params"}
+        parts = {"params": state["params"], "training": training}
+        self._orbax.save_checkpointables_async(step, parts, custom_metadata=about.to_json())
+
+    def about(self, step: int) -> About:
+        return About.from_json(self._orbax.checkpointables_metadata(step).custom_metadata)
+
+    def restore(self, step: int, like: dict) -> dict:
+        """The state of a step, or its `params` alone, as the tree `like` of ShapeDtypeStruct with shardings says."""
+        training = {name: part for name, part in like.items() if name != "params"}
+        parts = {"params": like["params"]} | ({"training": training} if training else {})
+        try:
+            loaded = self._orbax.load_checkpointables(step, parts)
+        except (ValueError, KeyError, OSError) as error:
+            raise UserError(
+                f"{self._orbax.directory / str(step)} cannot be restored ({str(error).splitlines()[0]}): "
+                "delete that folder to go on from the checkpoint before it."
+            ) from error
+        return {"params": loaded["params"], **loaded.get("training", {})}
+
+    def close(self) -> None:
+        """Wait until what is being written is complete."""
+        self._orbax.close()
+
+
+def newest(folder: Path) -> tuple[int, About] | None:
+    """Step and description of the newest complete checkpoint; None when there is none. Writes nothing."""
+    if not folder.is_dir():
+        return None
+    with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
+        return (checkpoints.steps[-1], checkpoints.about(checkpoints.steps[-1])) if checkpoints.steps else None
+
+
+def placed(tree: dict, sharding: jax.sharding.Sharding) -> dict:
+    """The shapes of a state, every array on `sharding`: what `Checkpoints.restore` takes."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def best_step(evaluations: dict[int, dict], steps: list[int]) -> int | None:
+    """The step with the highest accuracy among those that still have a checkpoint; the earliest of equals."""
+    return max(sorted(set(evaluations) & set(steps)), key=lambda s: evaluations[s]["test/accuracy"], default=None)
+
+
+def write_json(file: Path, value: dict) -> None:
+    """Write the whole file or nothing."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.replace(file)

@@ -1,0 +1,61 @@
+"""Processes, devices and the mesh they form; requests to stop."""
+
+import os
+import signal
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+
+def split_cpu(devices: int) -> None:
+    """Let the CPU count as several devices where there is no accelerator; before JAX touches a device."""
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", devices)
+
+
+def make_mesh() -> Mesh:
+    """All devices of all processes on the one axis `data`."""
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharded(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This host's block of a batch -> arrays of the global batch, sharded on `data`."""
+    sharding = batch_sharded(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, block) for name, block in batch.items()}
+
+
+def is_writer() -> bool:
+    """Whether this process is the one that writes logs, events and configuration."""
+    return jax.process_index() == 0
+
+
+class StopRequest:
+    """SIGTERM or Ctrl-C while it is entered: `requested` says so, and the work ends at the next safe point.
+
+    A second signal ends the process at once; the last complete checkpoint stays as it is.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> "StopRequest":
+        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame) -> None:
+        if self.requested:
+            os._exit(128 + number)
+        self.requested = True

@@ -1,0 +1,167 @@
+"""Every field of a run's configuration, its default, and the checks on its value."""
+
+import dataclasses
+import math
+import re
+from fractions import Fraction
+
+import ml_collections
+from ml_collections import config_dict
+
+from vit_nabirds.errors import UserError
+
+
+def default() -> ml_collections.ConfigDict:
+    """The fields that every file in `configs/` starts from. A duration is '500 steps', '1 epoch' or '10 minutes'."""
+    config = ml_collections.ConfigDict()
+
+    config.seed = 0
+    config.batch_size = 128  # global: over all devices of all hosts
+    config.epochs = 10.0
+    config.compute_dtype = "float32"  # or bfloat16; parameters and optimizer state stay float32
+    config.trainable = ".*"  # regular expression searched in parameter paths; 'classifier' trains the head alone
+    config.cpu_devices = 1  # on a machine without an accelerator, split its CPU into this many devices
+
+    config.data = ml_collections.ConfigDict()
+    config.data.root = ""  # a prepared folder
+    config.data.synthetic = False  # draw an archive of invented birds and prepare it as data.root, once
+    config.data.workers = -1  # loader processes for each host; 0 reads in threads, -1 follows the job's share of CPUs
+
+    config.model = ml_collections.ConfigDict()
+    config.model.pretrained = "google/vit-base-patch16-224"  # Hub id, folder, or empty for random weights
+    config.model.dropout_rate = 0.0
+    # The shape of a model with random weights; a pretrained one brings its own.
+    config.model.image_size = config_dict.placeholder(int)
+    config.model.patch_size = config_dict.placeholder(int)
+    config.model.hidden_size = config_dict.placeholder(int)
+    config.model.num_layers = config_dict.placeholder(int)
+    config.model.num_heads = config_dict.placeholder(int)
+    config.model.mlp_dim = config_dict.placeholder(int)
+
+    config.optimizer = ml_collections.ConfigDict()
+    config.optimizer.name = "adamw"  # or sgd, with Nesterov momentum
+    config.optimizer.learning_rate = 1e-4  # the peak, after warm-up
+    config.optimizer.head_multiplier = 1.0  # learning rate of the new classifier over that of the rest
+    config.optimizer.schedule = "cosine"  # or linear; both end at 0
+    config.optimizer.warmup = "0 steps"
+    config.optimizer.weight_decay = 0.0  # of kernels; never of biases, norms, class token and positions
+    config.optimizer.momentum = 0.9  # of sgd
+    config.optimizer.clip_norm = 0.0  # largest global norm of the gradient; 0 leaves it as it is
+
+    config.evaluate = ml_collections.ConfigDict()
+    config.evaluate.every = "1 epoch"
+    config.checkpoint = ml_collections.ConfigDict()
+    config.checkpoint.every = "1 epoch"
+    config.log_every = 50  # steps
+    return config.lock()
+
+
+SHAPE = ("image_size", "patch_size", "hidden_size", "num_layers", "num_heads", "mlp_dim")  # fields of config.model
+
+# What may differ between the runs of one workdir, for it changes no number of the training.
+FREE_ON_RESUME = re.compile(r"data\..*|cpu_devices|checkpoint\..*|evaluate\..*|log_every|model\.pretrained")
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raise UserError for a value that no run can have."""
+
+    def require(field: str, ok: bool, expected: str) -> None:
+        if not ok:
+            raise UserError(f"config.{field} is {_get(config, field)!r}: it must be {expected}.")
+
+    if not config.data.root:
+        raise UserError(
+            "config.data.root is empty: give the folder that `main.py prepare` wrote, e.g. --config.data.root=DIR."
+        )
+    positive = ["batch_size", "epochs", "cpu_devices", "log_every", "optimizer.learning_rate"]
+    for field in positive + ["optimizer.head_multiplier"]:
+        value = _get(config, field)
+        require(field, math.isfinite(value) and value > 0, "positive")
+    for field in ("optimizer.weight_decay", "optimizer.clip_norm"):
+        require(field, 0 <= _get(config, field) < math.inf, "0 or more")
+    require("seed", 0 <= config.seed < 2**32, "between 0 and 2^32 - 1")
+    require("data.workers", config.data.workers >= -1, "-1 (automatic), 0 (threads) or a number of processes")
+    for field in ("model.dropout_rate", "optimizer.momentum"):
+        require(field, 0 <= _get(config, field) < 1, "at least 0 and less than 1")
+    for field, values in {
+        "compute_dtype": ("float32", "bfloat16"),
+        "optimizer.name": ("adamw", "sgd"),
+        "optimizer.schedule": ("cosine", "linear"),
+    }.items():
+        require(field, _get(config, field) in values, " or ".join(map(repr, values)))
+    try:
+        re.compile(config.trainable)
+    except re.error as error:
+        raise UserError(f"config.trainable is not a regular expression: {config.trainable!r}: {error}.") from None
+    for field in ("evaluate.every", "checkpoint.every"):
+        Duration.parse(config, field)
+    require("evaluate.every", Duration.parse(config, "evaluate.every").minutes is None, "in steps or epochs")
+    require("optimizer.warmup", not config.optimizer.warmup.strip().endswith(("minute", "minutes")), "in steps or epochs")
+    Duration.parse(config, "optimizer.warmup", least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Duration:
+    """A period: one of its three units is set."""
+
+    steps: Fraction | None = None
+    epochs: Fraction | None = None
+    minutes: Fraction | None = None
+
+    @classmethod
+    def parse(cls, config: ml_collections.ConfigDict, field: str, least: float = 1e-9) -> "Duration":
+        """The Duration that a field spells, e.g. '500 steps', '0.5 epochs', '10 minutes'."""
+        text = _get(config, field)
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(step|epoch|minute)s?\s*", text)
+        if not match or float(match[1]) < least or (match[2] == "step" and "." in match[1]):
+            raise UserError(f"config.{field} is {text!r}: write it like '500 steps', '1 epoch' or '10 minutes'.")
+        return cls(**{match[2] + "s": Fraction(match[1])})
+
+    def in_steps(self, steps_per_epoch: Fraction) -> Fraction | None:
+        """The period in steps; None when it is one of time."""
+        return self.steps if self.epochs is None else self.epochs * steps_per_epoch
+
+    def is_over(self, step: int, steps_per_epoch: Fraction, seconds: float) -> bool:
+        """Whether the period ends with this step, `seconds` after the end of the one before."""
+        if self.minutes is not None:
+            return seconds >= 60 * self.minutes
+        return is_due(step, self.in_steps(steps_per_epoch))
+
+
+def is_due(step: int, period: Fraction) -> bool:
+    """Whether a period (in steps, perhaps not whole) ends with this step."""
+    return step // period > (step - 1) // period
+
+
+def resolve(config: ml_collections.ConfigDict, architecture: dict) -> ml_collections.ConfigDict:
+    """The configuration with the model's shape filled in; UserError when it asks for another one."""
+    config = config.copy_and_resolve_references()
+    for field in SHAPE:
+        value = architecture["img_size" if field == "image_size" else field]
+        if config.model[field] not in (None, value):
+            raise UserError(
+                f"config.model.{field} is {config.model[field]}, but {config.model.pretrained or 'the checkpoint'} has "
+                f"{value}: leave it out, or empty config.model.pretrained for random weights."
+            )
+        config.model[field] = value
+    return config
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """'field: old -> new' for each field that differs and that a resumed run may not change."""
+    old, new = _flat(old), _flat(new)
+    fields = [f for f in sorted(old | new) if not FREE_ON_RESUME.fullmatch(f) and old.get(f) != new.get(f)]
+    return [f"{field}: {old.get(field)!r} -> {new.get(field)!r}" for field in fields]
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _get(config: ml_collections.ConfigDict, field: str):
+    for name in field.split("."):
+        config = config[name]
+    return config

@@ -1,0 +1,132 @@
+"""Exact evaluation: every test image is scored once, and sums are taken on the devices."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from vit_nabirds import checkpoint, cluster, data, model, monitor
+from vit_nabirds.augment import Normalization, to_float, zscore
+from vit_nabirds.errors import UserError
+
+log = logging.getLogger("vit_nabirds")
+
+
+def make_eval_step(graphdef: nnx.GraphDef, normalization: Normalization) -> Callable:
+    """Compiled (params, totals, batch) -> totals with the batch's sums added; records with mask 0 do not count."""
+
+    def eval_step(params: dict, totals: dict, batch: dict) -> dict:
+        logits = model.apply(graphdef, params, zscore(to_float(batch["image"]), normalization))
+        labels, mask = batch["label"], batch["mask"]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        _, top5 = jax.lax.top_k(logits, min(5, logits.shape[-1]))
+        hits = (top5 == labels[:, None]) * mask[:, None]
+        by_class = jax.nn.one_hot(labels, logits.shape[-1]) * mask[:, None]
+        return {
+            "loss": totals["loss"] + jnp.sum(losses * mask),
+            "top1": totals["top1"] + by_class.T @ hits[:, 0],
+            "top5": totals["top5"] + jnp.sum(hits),
+            "examples": totals["examples"] + jnp.sum(by_class, axis=0),
+        }
+
+    return jax.jit(eval_step, donate_argnums=1)
+
+
+def evaluate(
+    eval_step: Callable,
+    params: dict,
+    photographs: data.Photographs,
+    num_classes: int,
+    batch_size: int,
+    workers: int,
+    mesh: jax.sharding.Mesh,
+    stop: cluster.StopRequest,
+) -> dict[str, float] | None:
+    """Metrics over the whole split, on all hosts; None when a stop was requested before its end."""
+    batch_size = -(-batch_size // mesh.size) * mesh.size
+    shard = grain.sharding.ShardByJaxProcess(drop_remainder=True)
+    zero, zeros = np.zeros((), np.float32), np.zeros(num_classes, np.float32)
+    totals = jax.device_put({"loss": zero, "top1": zeros, "top5": zero, "examples": zeros}, cluster.replicated(mesh))
+    for batch in data.test_batches(photographs, batch_size, workers, shard):
+        if stop.requested:
+            return None
+        del batch["row"]
+        jax.block_until_ready(totals)  # or the host would run ahead and hold the whole split on the devices
+        totals = eval_step(params, totals, cluster.to_devices(batch, mesh))
+    totals = jax.device_get(totals)
+    examples = totals["examples"]
+    if examples.sum() != len(photographs):
+        raise RuntimeError(f"scored {examples.sum():.0f} of {len(photographs)} test images")
+    seen = examples > 0
+    return {
+        "test/loss": float(totals["loss"] / examples.sum()),
+        "test/accuracy": float(totals["top1"].sum() / examples.sum()),
+        "test/top5_accuracy": float(totals["top5"] / examples.sum()),
+        "test/mean_class_accuracy": float(np.mean(totals["top1"][seen] / examples[seen])),
+        "test/examples": int(examples.sum()),
+    }
+
+
+def write_results(file: Path, step: int, metrics: dict[str, float]) -> None:
+    """results.json: the step and what was measured of its checkpoint on the test split."""
+    checkpoint.write_json(file, {"step": step, "test": {k.removeprefix("test/"): v for k, v in metrics.items()}})
+
+
+def evaluate_run(workdir: Path, step: int | None = None, root: str | None = None) -> int:
+    """Score a checkpoint of a run (by default its best) and write results.json."""
+    if not (workdir / "checkpoints").is_dir():
+        raise UserError(f"{workdir} holds no run (no folder 'checkpoints'): give the --workdir of a training.")
+    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", read_only=True)
+    steps = checkpoints.steps
+    if not steps:
+        raise UserError(f"{workdir / 'checkpoints'} holds no complete checkpoint yet.")
+    if step is None:
+        step = checkpoint.best_step(monitor.read_evaluations(workdir / "metrics.jsonl"), steps) or steps[-1]
+    if step not in steps:
+        raise UserError(f"{workdir} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}.")
+    about = checkpoints.about(step)
+    config, num_classes = about.config, len(about.species)
+    cluster.split_cpu(config["cpu_devices"])
+    mesh = cluster.make_mesh()
+
+    root = Path(root or config["data"]["root"])
+    table = data.read_table(root)
+    if data.species_of(table) != about.species:
+        raise UserError(
+            f"the checkpoint was trained on {num_classes} species and {root} has {table['species_id'].n_unique()}, or "
+            "others: give the data of the training with --data_root."
+        )
+    photographs = data.open_split(root, table, train=False)
+    check_size(photographs, about.architecture["img_size"])
+
+    graphdef, like = model.describe(about.architecture, num_classes, config["compute_dtype"])
+    like = checkpoint.placed(like, cluster.replicated(mesh))
+    params = checkpoints.restore(step, {"params": like})["params"]
+    checkpoints.close()
+    log.info("evaluating the checkpoint of step %d on %d images of %s", step, len(photographs), root)
+    eval_step = make_eval_step(graphdef, about.normalization)
+    with cluster.StopRequest() as stop:
+        metrics = evaluate(
+            eval_step, params, photographs, num_classes, config["batch_size"], config["data"]["workers"], mesh, stop
+        )
+    if metrics is None:
+        return 75
+    log.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    if cluster.is_writer():
+        write_results(workdir / "results.json", step, metrics)
+    return 0
+
+
+def check_size(photographs: data.Photographs, image_size: int) -> None:
+    """Raise UserError when test images are not of the model's size."""
+    if photographs.size != image_size:
+        raise UserError(
+            f"{photographs.folder}: test images are {photographs.size} px and the model takes {image_size}: prepare "
+            f"another folder with --test_size={image_size} --train_size={round(1.2 * image_size)}."
+        )
