@@ -30,10 +30,8 @@ _LAYOUT = {
     "classes.txt": (("class_id", "subcategory"), "<class id> <name>", r"^(\d{1,9})\s+(\S.*)$"),
 }
 _TEXT = {"UUID", "path", "photographer", "subcategory"}
-_COLUMNS = (
-    "UUID bb_x bb_y bb_width bb_height class_id subcategory path photographer width height is_training_img "
-    "species_name species_id"
-).split()
+_COLUMNS = ["UUID", "bb_x", "bb_y", "bb_width", "bb_height", "class_id", "subcategory", "path", "photographer"]
+_COLUMNS += ["width", "height", "is_training_img", "species_name", "species_id"]
 
 
 def read_archive(folder: str | Path) -> pl.DataFrame:

@@ -12,6 +12,7 @@ import imageio.v3 as iio
 import numpy as np
 import polars as pl
 import simplejpeg
+from absl import flags
 
 from vit_nabirds.archive import with_species_ids
 from vit_nabirds.cpus import cpu_share
@@ -42,8 +43,8 @@ def read_table(root: Path) -> pl.DataFrame:
     return with_species_ids(table)
 
 
-def species_of(table: pl.DataFrame) -> list[str]:
-    """Names of the species by label."""
+def species_names(table: pl.DataFrame) -> list[str]:
+    """The species by label."""
     return table.select("species_id", "species_name").unique().sort("species_id")["species_name"].to_list()
 
 
@@ -154,6 +155,8 @@ def worker_count(workers: int) -> int:
 
 def _iterate(blocks: grain.MapDataset, workers: int) -> Iterator[dict[str, np.ndarray]]:
     workers = worker_count(workers)
+    if not flags.FLAGS.is_parsed():  # in a notebook; grain's worker pool reads its own flags
+        flags.FLAGS.mark_as_parsed()
     # The buffer counts batches, and grain's default of 500 would hold tens of gigabytes.
     threads = 1 if workers else cpu_share()
     dataset = blocks.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))

@@ -97,7 +97,7 @@ def evaluate_run(workdir: Path, step: int | None = None, root: str | None = None
 
     root = Path(root or config["data"]["root"])
     table = data.read_table(root)
-    if data.species_of(table) != about.species:
+    if data.species_names(table) != about.species:
         raise UserError(
             f"the checkpoint was trained on {num_classes} species and {root} has {table['species_id'].n_unique()}, or "
             "others: give the data of the training with --data_root."

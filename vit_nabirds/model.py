@@ -39,21 +39,23 @@ class TransformerEncoder(nnx.Module):
         self.mlp = nnx.Sequential(
             nnx.Linear(hidden_size, mlp_dim, dtype=dtype, rngs=rngs),
             gelu,
-            nnx.Dropout(dropout_rate),
             nnx.Linear(mlp_dim, hidden_size, dtype=dtype, rngs=rngs),
-            nnx.Dropout(dropout_rate),
         )
+        self.dropout = nnx.Dropout(dropout_rate)
 
     def __call__(self, x: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
-        x = x + self.attn(self.norm1(x), deterministic=rngs is None, rngs=rngs)
-        return x + self.mlp(self.norm2(x), rngs=rngs)
+        def drop(branch: jax.Array) -> jax.Array:
+            return self.dropout(branch, deterministic=rngs is None, rngs=rngs)
+
+        x = x + drop(self.attn(self.norm1(x), deterministic=rngs is None, rngs=rngs))
+        return x + drop(self.mlp(self.norm2(x)))
 
 
 class VisionTransformer(nnx.Module):
     """Images (batch, img_size, img_size, in_channels), normalised -> logits (batch, num_classes), float32.
 
     Parameters are float32 and the only state of the module: randomness for dropout comes with the call, as
-    `model(images, rngs=nnx.Rngs(dropout=key))`; without it, or after `model.eval()`, nothing is dropped.
+    `model(images, rngs=nnx.Rngs(dropout=key))`; without it nothing is dropped.
     """
 
     def __init__(

@@ -22,9 +22,12 @@ from vit_nabirds.augment import Normalization, augment, zscore
 from vit_nabirds.errors import UserError
 from vit_nabirds.evaluate import check_size, evaluate, make_eval_step, write_results
 from vit_nabirds.monitor import Monitor, Throughput, read_evaluations
+from vit_nabirds.prepare import prepare
+from vit_nabirds.synthetic import draw_archive
 
 log = logging.getLogger("vit_nabirds")
 
+METRICS = ("train/loss", "train/accuracy", "train/learning_rate", "train/gradient_norm")
 FINISHED, STOPPED = 0, 75  # 75 is EX_TEMPFAIL: run the same command again to go on
 
 
@@ -84,11 +87,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
     # Data
     root = Path(config.data.root)
     if config.data.synthetic:
-        from vit_nabirds.synthetic import prepare_synthetic
-
         prepare_synthetic(root, config.model.image_size)
     table = data.read_table(root)
-    species, fingerprint = data.species_of(table), data.fingerprint(table)
+    species, fingerprint = data.species_names(table), data.fingerprint(table)
     train_split, test_split = (data.open_split(root, table, train=split) for split in (True, False))
     for split in (train_split, test_split):
         data.check_labels(split, len(species))
@@ -171,7 +172,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
             return cluster.to_devices(batch, mesh)
 
         def report(step: int, metrics: dict[str, jax.Array]) -> None:
-            metrics = {name: float(value) for name, value in metrics.items()}
+            metrics = {name: float(metrics[name]) for name in METRICS}
             if not math.isfinite(metrics["train/loss"]):
                 raise UserError(
                     f"the loss of step {step} is {metrics['train/loss']}: lower config.optimizer.learning_rate, lengthen "
@@ -238,6 +239,14 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         workdir / "tensorboard", workdir,
     )  # fmt: skip
     return FINISHED
+
+
+def prepare_synthetic(root: Path, image_size: int) -> None:
+    """Draw an archive of invented photographs and prepare it as `root`, unless that has been done."""
+    if not (root / "metadata.parquet").exists():
+        log.info("drawing photographs of birds into %s", root)
+        draw_archive(root / "archive", species=8, train=80, test=30)
+        prepare(root / "archive", root, train_size=round(1.2 * image_size), test_size=image_size)
 
 
 def check_same_run(

@@ -185,7 +185,7 @@ def mapping(
         yield from linear(f"{ours}/attn/out", f"{theirs}.attention.output.dense", d, d, (*heads, d))
         yield from norm(f"{ours}/norm2", f"{theirs}.layernorm_after")
         yield from linear(f"{ours}/mlp/layers/0", f"{theirs}.intermediate.dense", d, mlp_dim)
-        yield from linear(f"{ours}/mlp/layers/3", f"{theirs}.output.dense", mlp_dim, d)
+        yield from linear(f"{ours}/mlp/layers/2", f"{theirs}.output.dense", mlp_dim, d)
     yield from norm("final_norm", "vit.layernorm")
     yield from linear("classifier", "classifier", d, num_classes)
 

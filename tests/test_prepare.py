@@ -1,0 +1,331 @@
+"""Archive folder -> prepared folder: geometry, odd files, broken files, interruption, reruns."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import polars as pl
+import pytest
+from PIL import Image
+
+from vit_nabirds.archive import read_archive
+from vit_nabirds.cpus import cpu_share
+from vit_nabirds.errors import UserError
+from vit_nabirds.prepare import prepare
+from vit_nabirds.synthetic import draw_archive
+
+RED, GREEN, BLUE, GREY, BLACK = (220, 40, 40), (40, 180, 60), (40, 60, 200), (128, 128, 128), (0, 0, 0)
+
+
+def archive_of(folder: Path, *photographs: tuple) -> Path:
+    """An archive of (file name, image, box, is train) with two species; `image` may be the bytes of a file."""
+    (folder / "images/0295").mkdir(parents=True)
+    files = {"classes": ["0 Birds", "295 Robin (Adult )"], "hierarchy": ["295 0"]}
+    for index, (name, image, box, train) in enumerate(photographs):
+        path, size = folder / "images/0295" / name, (100, 80)
+        if isinstance(image, bytes):
+            path.write_bytes(image)
+        elif image is not None:
+            size = image.size
+            image.save(path, "PNG" if image.mode in ("RGBA", "P", "LA") else "JPEG", quality=98, subsampling=0)
+        rows = {
+            "images": f"0295/{name}",
+            "image_class_labels": "295",
+            "bounding_boxes": " ".join(map(str, box)),
+            "sizes": f"{size[0]} {size[1]}",
+            "photographers": "Ada",
+            "train_test_split": int(train),
+        }
+        for file, value in rows.items():
+            files.setdefault(file, []).append(f"u-{index} {value}")
+    for file, lines in files.items():
+        (folder / f"{file}.txt").write_text("".join(f"{line}\n" for line in lines))
+    return folder
+
+
+def painted(width: int, height: int, *boxes: tuple) -> Image.Image:
+    """A grey photograph with (left, top, width, height, colour) painted on it in turn."""
+    image = Image.new("RGB", (width, height), GREY)
+    for left, top, across, down, colour in boxes:
+        image.paste(colour, (left, top, left + across, top + down))
+    return image
+
+
+def jpeg(image: Image.Image, tmp_path: Path, **options) -> bytes:
+    image.save(tmp_path / "x.jpg", **options)
+    return (tmp_path / "x.jpg").read_bytes()
+
+
+def assert_colour(image: np.ndarray, x: int, y: int, colour: tuple) -> None:
+    assert np.abs(image[y, x].astype(int) - colour).max() <= 12, (x, y, image[y, x], colour)
+
+
+def test_train_has_a_margin_test_has_none_both_centred_on_black(tmp_path):
+    # 20 % of 80 x 40 is 16 x 8: the red ring is exactly the margin, blue is the bird, grey must not be seen
+    bird = painted(200, 100, (34, 22, 112, 56, RED), (50, 30, 80, 40, BLUE))
+    archive = archive_of(tmp_path / "a", ("a.jpg", bird, (50, 30, 80, 40), 1), ("b.jpg", bird, (50, 30, 80, 40), 0))
+    prepare(archive, tmp_path / "p", train_size=112, test_size=64)
+    train = iio.imread(tmp_path / "p/cleaned_images/0295/a.jpg")
+    assert train.shape == (112, 112, 3)
+    for x, y, colour in [
+        (56, 24, BLACK),
+        (56, 31, RED),
+        (56, 39, BLUE),
+        (3, 56, RED),
+        (12, 56, RED),
+        (19, 56, BLUE),
+    ] + [(93, 56, BLUE), (108, 56, RED), (56, 73, BLUE), (56, 80, RED), (56, 88, BLACK)]:
+        assert_colour(train, x, y, colour)
+    test = iio.imread(tmp_path / "p/cleaned_images/0295/b.jpg")
+    assert test.shape == (64, 64, 3)
+    for x, y, colour in [
+        (32, 12, BLACK),
+        (32, 19, BLUE),
+        (2, 32, BLUE),
+        (61, 32, BLUE),
+        (32, 44, BLUE),
+        (32, 51, BLACK),
+    ]:
+        assert_colour(test, x, y, colour)
+
+
+def test_margin_and_box_stop_at_the_edge_of_the_image(tmp_path):
+    corner = painted(100, 80, (0, 0, 50, 50, GREEN))
+    sticking_out = (-40, -40, 80, 80)  # its part inside is 40 x 40, with margin 48 x 48
+    archive = archive_of(tmp_path / "a", ("a.jpg", corner, sticking_out, 1), ("b.jpg", corner, sticking_out, 0))
+    prepare(archive, tmp_path / "p", train_size=96, test_size=80)
+    for name, side in (("a", 96), ("b", 80)):
+        image = iio.imread(tmp_path / f"p/cleaned_images/0295/{name}.jpg")
+        assert image.shape == (side, side, 3)
+        for at in (2, side // 2, side - 3):
+            assert_colour(image, at, at, GREEN)
+
+
+def test_shrinking_averages_where_skipping_pixels_would_alias(tmp_path):
+    noise = np.random.default_rng(0).choice([0, 255], (400, 400)).astype(np.uint8)
+    noise = Image.fromarray(noise).convert("RGB")
+    archive = archive_of(tmp_path / "a", ("a.jpg", noise, (0, 0, 400, 400), 1), ("b.jpg", noise, (0, 0, 400, 400), 0))
+    prepare(archive, tmp_path / "p", test_size=100)
+    # The mean of 4 x 4 such pixels deviates from 127 by 127 / 4; the one in the middle would by 127.
+    assert iio.imread(tmp_path / "p/cleaned_images/0295/b.jpg").std() < 36
+
+
+def test_odd_files_are_read_as_their_pixels_are_stored(tmp_path, capsys):
+    photograph = painted(60, 40, (0, 0, 30, 40, RED), (30, 0, 30, 40, BLUE))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # "rotate by 90 degrees to show": would make it 40 x 60
+    transparent = photograph.convert("RGBA")
+    transparent.putalpha(90)
+    box = (0, 0, 60, 40)
+    grey, cmyk = photograph.convert("L"), photograph.convert("CMYK")
+    files = [
+        ("plain.JPG", photograph, box, 1),
+        ("exif.jpg", jpeg(photograph, tmp_path, exif=turned, quality=98, subsampling=0), box, 0),
+        ("png.jpg", transparent, box, 0),
+        ("palette.jpg", photograph.quantize(8), box, 0),
+        ("cmyk.jpg", cmyk, box, 0),
+        ("grey.jpg", grey, box, 0),
+    ]
+    archive = archive_of(tmp_path / "a", *files)
+    sizes = (archive / "sizes.txt").read_text().replace("u-1 100 80", "u-1 60 40")
+    (archive / "sizes.txt").write_text(sizes)
+    prepare(archive, tmp_path / "p", train_size=60, test_size=60)
+    for name, *_ in files[:-1]:
+        file = tmp_path / "p/cleaned_images/0295" / name
+        assert file.read_bytes()[:3] == b"\xff\xd8\xff", f"{name} is not a JPEG"
+        image = iio.imread(file)
+        assert image.shape == (60, 60, 3), name
+        assert_colour(image, 10, 30, RED)
+        assert_colour(image, 50, 30, BLUE)
+        assert_colour(image, 30, 5, BLACK)
+    image = iio.imread(tmp_path / "p/cleaned_images/0295/grey.jpg")
+    assert_colour(image, 10, 30, (grey.getpixel((10, 20)),) * 3)
+    told = capsys.readouterr().out
+    assert "2 files are not JPEG" in told and "1 files have an alpha channel" in told
+
+
+def test_broken_and_missing_photographs_are_listed_at_the_end_and_a_rerun_completes(tmp_path, capsys):
+    good = painted(100, 80, (20, 20, 40, 40, RED))
+    whole = jpeg(good, tmp_path, quality=95)
+    box = (20, 20, 40, 40)
+    archive = archive_of(
+        tmp_path / "a",
+        ("good.jpg", good, box, 1),
+        ("cut.jpg", whole[: len(whole) // 2], box, 0),
+        ("cut_with_end.jpg", whole[: len(whole) // 2] + b"\xff\xd9", box, 0),
+        ("text.jpg", b"<html>404</html>", box, 0),
+        ("empty.jpg", b"", box, 0),
+        ("small.jpg", jpeg(painted(10, 10), tmp_path), box, 1),
+    )
+    out = tmp_path / "p"
+    with pytest.raises(UserError, match="5 photographs cannot be used") as error:
+        prepare(archive, out)
+    for name in ("cut.jpg", "cut_with_end.jpg", "text.jpg", "empty.jpg", "small.jpg"):
+        assert f"0295/{name}: " in str(error.value)
+    assert "outside its real 10x10 pixels" in str(error.value)
+    assert [file.name for file in (out / "cleaned_images/0295").iterdir()] == ["good.jpg"]
+    assert not (out / "metadata.parquet").exists()
+
+    for name in ("cut.jpg", "cut_with_end.jpg", "text.jpg", "empty.jpg", "small.jpg"):
+        (archive / "images/0295" / name).write_bytes(whole)
+    capsys.readouterr()
+    prepare(archive, out)
+    assert "5 written, 1 already there" in capsys.readouterr().out
+    assert pl.read_parquet(out / "metadata.parquet").equals(read_archive(archive))
+
+
+def test_a_missing_photograph_is_found_before_any_work(tmp_path):
+    good = painted(100, 80)
+    rows = [(f"{n:02}.jpg", good if n < 2 else None, (0, 0, 9, 9), n % 2) for n in range(14)]
+    archive = archive_of(tmp_path / "a", *rows)
+    with pytest.raises(UserError, match=r"12 photographs cannot be used(.|\n)*02.jpg: no such file(.|\n)*\.\.\."):
+        prepare(archive, tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_photograph_of_another_size_than_stated_is_used_and_counted(tmp_path, capsys):
+    larger = jpeg(painted(300, 300, (90, 70, 10, 10, GREEN)), tmp_path, quality=98, subsampling=0)
+    good = painted(100, 80)
+    archive = archive_of(tmp_path / "a", ("a.jpg", larger, (90, 70, 10, 10), 0), ("b.jpg", good, (0, 0, 9, 9), 1))
+    prepare(archive, tmp_path / "p")
+    assert_colour(iio.imread(tmp_path / "p/cleaned_images/0295/a.jpg"), 112, 112, GREEN)
+    assert "1 photographs are not of the size in sizes.txt" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def painted_archive(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("painted") / "archive"
+    draw_archive(folder, species=3, train=60, test=40)
+    return folder
+
+
+def start_preparing(archive: Path, out: Path, size: int) -> subprocess.Popen:
+    """One slow thread on large canvases, so that the run is still under way when a busy machine sees to us."""
+    command = "import sys; from vit_nabirds.prepare import prepare; size = int(sys.argv[3]);"
+    command += "prepare(*sys.argv[1:3], train_size=size, test_size=size, workers=1)"
+    arguments = [sys.executable, "-c", command, archive, out, str(size)]
+    return subprocess.Popen(arguments, cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True)
+
+
+def test_kill_9_and_a_rerun_give_what_an_undisturbed_run_gives(painted_archive, tmp_path):
+    prepare(painted_archive, tmp_path / "whole", train_size=512, test_size=512)
+    out = tmp_path / "killed"
+    process = start_preparing(painted_archive, out, 512)
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("cleaned_images/*/*.jpg"))) < 20:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    finished = {file: file.stat().st_mtime_ns for file in out.glob("cleaned_images/*/*.jpg")}
+    assert 20 <= len(finished) < 300
+    assert not (out / "metadata.parquet").exists()
+    # what a kill between writing and renaming leaves
+    stale = next(iter(finished)).with_name("0123.jpg.tmp")
+    stale.write_bytes(b"\xff\xd8")
+
+    prepare(painted_archive, out, train_size=512, test_size=512)
+    assert {file: file.stat().st_mtime_ns for file in finished} == finished
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_ctrl_c_ends_at_once_and_keeps_what_is_finished(painted_archive, tmp_path):
+    process = start_preparing(painted_archive, tmp_path / "p", 1024)
+    while len(list(tmp_path.glob("p/cleaned_images/*/*.jpg"))) < 5 and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate(timeout=20)[1]
+    assert stderr.count("Traceback") == 1 and stderr.strip().endswith("KeyboardInterrupt")
+    assert 5 <= len(list(tmp_path.glob("p/cleaned_images/*/*.jpg"))) < 300
+    assert not list(tmp_path.glob("p/cleaned_images/*/*.tmp"))
+
+
+def test_other_settings_or_another_archive_are_refused(painted_archive, tmp_path):
+    first = archive_of(tmp_path / "a", *[(f"{n}.jpg", painted(100, 80), (5, 5, 50, 50), n) for n in (0, 1)])
+    out = tmp_path / "p"
+    prepare(first, out)
+    before = contents(out)
+    for changed, message in (
+        ({"train_size": 256}, "made with train_size=269, not 256"),
+        ({"test_size": 256}, "made with test_size=224, not 256"),
+        ({"margin": 0.0}, "made with margin=0.2, not 0.0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepare(first, out, **changed)
+    with pytest.raises(UserError, match="images of another archive"):
+        prepare(painted_archive, out)
+    (first / "bounding_boxes.txt").write_text("u-0 5 5 50 50\nu-1 5 5 50 51\n")
+    with pytest.raises(UserError, match="boxes or splits of this one have changed"):
+        prepare(first, out)
+    assert contents(out) == before
+    (first / "bounding_boxes.txt").write_text("u-0 5 5 50 50\nu-1 5 5 50 50\n")
+    (first / "photographers.txt").write_text("u-0 Ada\nu-1 Ada Lovelace\n")  # no pixel depends on it
+    prepare(first, out)
+    assert pl.read_parquet(out / "metadata.parquet")["photographer"].to_list() == ["Ada", "Ada Lovelace"]
+
+
+def test_images_of_unknown_origin_are_refused(painted_archive, tmp_path):
+    (tmp_path / "cleaned_images").mkdir()
+    with pytest.raises(UserError, match=r"no prepared.json says how made"):
+        prepare(painted_archive, tmp_path)
+    (tmp_path / "prepared.json").write_text(json.dumps({"train_size": 269}))
+    with pytest.raises(UserError, match=r"prepared.json: not written by"):
+        prepare(painted_archive, tmp_path)
+
+
+def test_metadata_only_needs_no_photograph_and_a_full_run_may_follow(tmp_path):
+    photographs = [(f"{n}.jpg", painted(100, 80), (5, 5, 50, 50), n) for n in (0, 1)]
+    archive, out = archive_of(tmp_path / "a", *photographs), tmp_path / "p"
+    (archive / "images").rename(tmp_path / "elsewhere")
+    prepare(archive, out, metadata_only=True)
+    assert list(contents(out)) == ["metadata.parquet"]
+    assert pl.read_parquet(out / "metadata.parquet").equals(read_archive(archive))
+    (tmp_path / "elsewhere").rename(archive / "images")
+    prepare(archive, out)
+    assert len(contents(out)) == 4
+
+    # metadata.parquet says "complete": it must not outlive an image that is to be made again
+    (out / "cleaned_images/0295/0.jpg").unlink()
+    (archive / "images/0295/0.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match="1 photographs cannot be used"):
+        prepare(archive, out)
+    assert not (out / "metadata.parquet").exists()
+    with pytest.raises(UserError, match="without --metadata_only"):
+        prepare(archive, out, metadata_only=True)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"train_size": 15}, {"test_size": 0}, {"margin": -0.1}, {"margin": 1.1}, {"margin": float("nan")}, {"workers": 0}],
+)
+def test_senseless_arguments_are_refused_before_anything_is_written(painted_archive, tmp_path, changed):
+    with pytest.raises(UserError, match=f"{next(iter(changed))} .*: give"):
+        prepare(painted_archive, tmp_path / "p", **changed)
+    assert not (tmp_path / "p").exists()
+
+
+def test_out_must_not_be_the_archives_images_nor_a_file(painted_archive, tmp_path):
+    (tmp_path / "file").touch()
+    for out in (painted_archive / "images", painted_archive / "images/new", tmp_path / "file"):
+        with pytest.raises(UserError, match="Choose another --out"):
+            prepare(painted_archive, out)
+    assert not (painted_archive / "images/new").exists()
+    with pytest.raises(UserError, match="Make room or choose another --out"):
+        prepare(painted_archive, tmp_path / "file/below")
+
+
+def test_cpu_share_is_slurms_or_the_affinity_mask(monkeypatch):
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "7")
+    assert cpu_share() == 7
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK")
+    assert 1 <= cpu_share() <= os.cpu_count()

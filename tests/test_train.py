@@ -1,0 +1,261 @@
+"""Training: the same trace on any layout, exact resume, what is written, and what is refused."""
+
+import json
+import signal
+
+import jax
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from vit_nabirds import checkpoint, cluster, train
+from vit_nabirds.errors import UserError
+from vit_nabirds.evaluate import evaluate_run
+from vit_nabirds.monitor import read_evaluations, read_metrics
+from vit_nabirds.train import FINISHED, STOPPED
+
+
+def losses(workdir):
+    return {line["step"]: line["train/loss"] for line in read_metrics(workdir / "metrics.jsonl") if "train/loss" in line}
+
+
+def params_of(workdir, step):
+    with_all = checkpoint.Checkpoints(workdir / "checkpoints", read_only=True)
+    return with_all._orbax.load_checkpointables(step)["params"]
+
+
+def stop_after(monkeypatch, step):
+    """As if SIGTERM had come while this step was on the devices."""
+    make = train.make_train_step
+
+    def making(*arguments):
+        compiled = make(*arguments)
+
+        def run(state, batch):
+            if int(state["step"]) + 1 == step:
+                signal.raise_signal(signal.SIGTERM)
+            return compiled(state, batch)
+
+        return run
+
+    monkeypatch.setattr(train, "make_train_step", making)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prepared, tmp_path_factory):
+    """A whole run of 20 steps on two devices."""
+    from tiny_config import get_config
+
+    config = get_config()
+    config.data.root = str(prepared)
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    assert train.train(config, workdir) == FINISHED
+    return workdir
+
+
+def test_it_learns(undisturbed):
+    trace = losses(undisturbed)
+    assert sorted(trace) == list(range(1, 21))
+    assert np.mean([trace[step] for step in (17, 18, 19, 20)]) < trace[1] - 0.05
+
+
+def test_what_a_run_leaves(undisturbed, prepared):
+    assert {"config.json", "checkpoints", "tensorboard", "metrics.jsonl", "results.json"} <= {
+        file.name for file in undisturbed.iterdir()
+    }
+    config = json.loads((undisturbed / "config.json").read_text())
+    assert config["data"]["root"] == str(prepared) and config["model"]["hidden_size"] == 16
+    results = json.loads((undisturbed / "results.json").read_text())
+    assert results["step"] == 20 and results["test"]["examples"] == 15
+    assert set(results["test"]) == {"loss", "accuracy", "top5_accuracy", "mean_class_accuracy", "examples"}
+    evaluations = read_evaluations(undisturbed / "metrics.jsonl")
+    assert list(evaluations) == [5, 10, 15, 20]
+    assert all(evaluation["test/examples"] == 15 for evaluation in evaluations.values())
+
+
+def test_tensorboard_reads_what_was_written(undisturbed):
+    events = EventAccumulator(str(undisturbed / "tensorboard"), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+    events.Reload()
+    tags = events.Tags()
+    expected = {"loss", "accuracy", "learning_rate", "gradient_norm", "images_per_second", "input_wait"}
+    assert {f"train/{name}" for name in expected} <= set(tags["scalars"])
+    for name in ("train/loss", "test/accuracy"):
+        written = {line["step"]: line[name] for line in read_metrics(undisturbed / "metrics.jsonl") if name in line}
+        assert {event.step: pytest.approx(event.value) for event in events.Scalars(name)} == written
+    assert tags["images"] == ["train/augmented"]
+    assert "hidden_size" in str(events.Tensors("config/text_summary")[0].tensor_proto)
+
+
+def test_newest_and_best_checkpoints_are_kept_and_tell_of_themselves(undisturbed):
+    checkpoints = checkpoint.Checkpoints(undisturbed / "checkpoints", read_only=True)
+    best = checkpoint.best_step(read_evaluations(undisturbed / "metrics.jsonl"), [5, 10, 15, 20])
+    assert set(checkpoints.steps) == {15, 20, best}
+    about = checkpoints.about(20)
+    assert len(about.species) == 4 and about.architecture["hidden_size"] == 16
+    assert about.config["batch_size"] == 8 and about.normalization.mean == (0.5, 0.5, 0.5) and about.fingerprint
+
+
+@pytest.mark.parametrize("step", [1, 7, 10])
+def test_a_stopped_and_resumed_run_is_bit_equal(undisturbed, tiny_config, tmp_path, monkeypatch, step):
+    """Stopped at the first step, between evaluations, and where one is due."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, step)
+        assert train.train(tiny_config, tmp_path) == STOPPED
+    assert max(losses(tmp_path)) == step and not (tmp_path / "results.json").exists()
+    assert train.train(tiny_config, tmp_path) == FINISHED
+    assert losses(tmp_path) == losses(undisturbed)
+    assert read_evaluations(tmp_path / "metrics.jsonl") == read_evaluations(undisturbed / "metrics.jsonl")
+    for ours, theirs in zip(*(jax.tree.leaves(params_of(run, 20)) for run in (tmp_path, undisturbed)), strict=True):
+        assert np.array_equal(ours, theirs)
+
+
+def test_a_crash_loses_only_what_was_not_saved(undisturbed, tiny_config, tmp_path, monkeypatch):
+    tiny_config.checkpoint.every = "3 steps"
+    make = train.make_train_step
+
+    def making(*arguments):
+        compiled = make(*arguments)
+
+        def run(state, batch):
+            if int(state["step"]) == 11:
+                raise RuntimeError("the machine died")
+            return compiled(state, batch)
+
+        return run
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "make_train_step", making)
+        with pytest.raises(RuntimeError, match="died"):
+            train.train(tiny_config, tmp_path)
+    checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints", read_only=True)
+    assert checkpoints.steps[-1] == 10
+    assert train.train(tiny_config, tmp_path) == FINISHED
+    assert losses(tmp_path) == losses(undisturbed)
+
+
+def test_evaluate_gives_the_numbers_of_training(undisturbed, tmp_path):
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    evaluations = read_evaluations(run / "metrics.jsonl")
+    best = checkpoint.best_step(evaluations, checkpoint.Checkpoints(run / "checkpoints", read_only=True).steps)
+    for step, expected in ((None, best), (20, 20)):
+        assert evaluate_run(run, step) == 0
+        results = json.loads((run / "results.json").read_text())
+        assert results["step"] == expected
+        assert {f"test/{name}": value for name, value in results["test"].items()} == {
+            name: value for name, value in evaluations[expected].items() if name != "step"
+        }
+    with pytest.raises(UserError, match="no checkpoint of step 7"):
+        evaluate_run(run, 7)
+
+
+def test_evaluation_counts_as_numpy_does(undisturbed, prepared):
+    """The sums on the devices, over batches with a padded last one, against one plain pass."""
+    from vit_nabirds import data, model
+    from vit_nabirds.augment import to_float, zscore
+
+    about = checkpoint.newest(undisturbed / "checkpoints")[1]
+    split = data.open_split(prepared, data.read_table(prepared), train=False)
+    graphdef, _ = model.describe(about.architecture, 4)
+    images = np.stack([split[i]["image"] for i in range(15)])
+    logits = np.asarray(model.apply(graphdef, params_of(undisturbed, 20), zscore(to_float(images), about.normalization)))
+    right = logits.argmax(-1) == split.labels
+    log_sum = np.log(np.exp(logits).sum(-1))
+    measured = read_evaluations(undisturbed / "metrics.jsonl")[20]
+    assert measured["test/accuracy"] == pytest.approx(right.mean())
+    assert measured["test/loss"] == pytest.approx((log_sum - logits[np.arange(15), split.labels]).mean(), rel=1e-5)
+    by_class = [right[split.labels == label].mean() for label in range(4)]
+    assert measured["test/mean_class_accuracy"] == pytest.approx(np.mean(by_class))
+    assert measured["test/top5_accuracy"] == 1
+
+
+def test_training_the_head_alone_leaves_the_rest_untouched(tiny_config, tmp_path):
+    tiny_config.trainable = "classifier"
+    tiny_config.epochs = 1.0
+    assert train.train(tiny_config, tmp_path) == FINISHED
+    loaded = checkpoint.Checkpoints(tmp_path / "checkpoints", read_only=True)._orbax.load_checkpointables(5)
+    start = train.model.initial_params(checkpoint.newest(tmp_path / "checkpoints")[1].architecture, 4, seed=0)
+    changed = {path for path in start if not np.array_equal(start[path], loaded["params"][path])}
+    assert changed == {"classifier/kernel", "classifier/bias"}
+    moments = {key for key in map(str, jax.tree_util.tree_leaves_with_path(loaded["training"])) if "kernel" in key}
+    assert moments and all("classifier/kernel" in key for key in moments)
+
+
+def test_sgd_linear_decay_bfloat16_and_dropout_run(tiny_config, tmp_path):
+    tiny_config.optimizer.name = "sgd"
+    tiny_config.optimizer.schedule = "linear"
+    tiny_config.compute_dtype = "bfloat16"
+    tiny_config.model.dropout_rate = 0.1
+    tiny_config.epochs = 1.0
+    assert train.train(tiny_config, tmp_path) == FINISHED
+    assert all(np.isfinite(loss) for loss in losses(tmp_path).values())
+
+
+def test_a_finished_run_stays_as_it_is(undisturbed, tiny_config):
+    before = (undisturbed / "metrics.jsonl").read_text()
+    assert train.train(tiny_config, undisturbed) == FINISHED
+    assert (undisturbed / "metrics.jsonl").read_text() == before
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(tiny_config, tmp_path):
+    tiny_config.optimizer.name = "sgd"
+    tiny_config.optimizer.learning_rate = 1e30
+    with pytest.raises(UserError, match=r"the loss of step \d+ is (nan|inf)"):
+        train.train(tiny_config, tmp_path)
+    assert checkpoint.newest(tmp_path / "checkpoints") is None
+
+
+def change(field, value):
+    def to(config):
+        parent = config
+        *path, name = field.split(".")
+        for part in path:
+            parent = parent[part]
+        parent[name] = value
+
+    return to
+
+
+REFUSED = {
+    "batch size": (change("batch_size", 7), "batch_size is 7, which 2 devices cannot share"),
+    "no data": (change("data.root", ""), "config.data.root is empty"),
+    "missing folder": (change("data.root", "/nowhere"), "/nowhere/metadata.parquet is missing"),
+    "model too large": (change("model.image_size", 32), "test images are 16 px and the model takes 32"),
+    "odd patches": (change("model.patch_size", 5), "multiple of patch_size"),
+    "missing shape": (change("model.patch_size", None), "config.model.patch_size is not set"),
+    "optimizer": (change("optimizer.name", "lion"), "optimizer.name is 'lion': it must be 'adamw' or 'sgd'"),
+    "no steps": (change("epochs", 0.0), "config.epochs is 0.0"),
+    "duration": (change("checkpoint.every", "5 days"), "checkpoint.every is '5 days': write it like"),
+    "evaluation by the clock": (change("evaluate.every", "5 minutes"), "in steps or epochs"),
+    "trainable": (change("trainable", "clasifier"), "matches no parameter path"),
+    "regular expression": (change("trainable", "("), "not a regular expression"),
+    "checkpoint": (change("model.pretrained", "/nowhere"), "no folder '/nowhere'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_mistakes_are_told_before_anything_is_written(tiny_config, tmp_path, case):
+    make_mistake, message = REFUSED[case]
+    make_mistake(tiny_config)
+    with pytest.raises(UserError, match=message):
+        train.train(tiny_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_run_in_the_same_workdir_is_refused(undisturbed, tiny_config, tmp_path):
+    from vit_nabirds.prepare import prepare
+    from vit_nabirds.synthetic import draw_archive
+
+    tiny_config.optimizer.learning_rate = 0.5
+    with pytest.raises(UserError, match=r"optimizer.learning_rate: 0.01 -> 0.5"):
+        train.train(tiny_config, undisturbed)
+    draw_archive(tmp_path / "archive", species=3, train=4, test=2, size=(40, 60))
+    prepare(tmp_path / "archive", tmp_path / "prepared", train_size=20, test_size=16)
+    tiny_config.data.root = str(tmp_path / "prepared")
+    with pytest.raises(UserError, match="checkpoint of 4 classes, but .* has 3"):
+        train.train(tiny_config, undisturbed)
+    with pytest.raises(UserError, match="trained on 4 species"):
+        evaluate_run(undisturbed, root=str(tmp_path / "prepared"))
+
