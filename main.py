@@ -14,6 +14,7 @@ Exit codes: 0 finished; 75 stopped on request, all saved: run the same command a
 
 import errno
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -27,8 +28,9 @@ EXIT_FAILED, EXIT_USAGE = 1, 2
 def train_flags() -> None:
     from ml_collections import config_flags
 
-    demo = Path(__file__).parent / "configs" / "demo.py"
-    config_flags.DEFINE_config_file("config", str(demo), "Configuration file; --config.x.y=value changes a field.")
+    if not any(re.fullmatch("--?config(=.*)?", argument) for argument in sys.argv):
+        sys.argv.insert(1, f"--config={Path(__file__).parent / 'configs' / 'demo.py'}")
+    config_flags.DEFINE_config_file("config", None, "Configuration file; --config.x.y=value changes a field.")
     flags.DEFINE_string("workdir", None, "Folder of the run (default: runs/ and the name of the configuration file).")
 
 
@@ -81,11 +83,15 @@ def parse(argv: list[str]) -> list[str]:
         rest = FLAGS(argv)
         if len(rest) > 1:
             raise flags.Error(f"unexpected argument {rest[1]!r}")
-        if "config" in FLAGS and FLAGS.config is not None:
-            FLAGS.config.lock()  # reports a configuration file that could not be loaded
+        if "config" in FLAGS:
+            FLAGS.config.lock()  # raises what went wrong when the file was loaded
         return rest
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        fail(" ".join(str(error).replace("\\n", " ").split()), EXIT_USAGE)
+    except Exception as error:  # a flag's, or whatever the user's configuration file may raise
+        if isinstance(error, flags.Error) and "\n" not in str(error):
+            fail(str(error), EXIT_USAGE)
+        from vit_nabirds.config import explain
+
+        fail(explain(error, argv), EXIT_USAGE)
 
 
 def run(_argv: list[str]) -> int:

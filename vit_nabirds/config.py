@@ -1,6 +1,7 @@
 """Every field of a run's configuration, its default, and the checks on its value."""
 
 import dataclasses
+import difflib
 import math
 import re
 from fractions import Fraction
@@ -98,6 +99,26 @@ def check(config: ml_collections.ConfigDict) -> None:
     require("evaluate.every", Duration.parse(config, "evaluate.every").minutes is None, "in steps or epochs")
     require("optimizer.warmup", not config.optimizer.warmup.strip().endswith(("minute", "minutes")), "in steps or epochs")
     Duration.parse(config, "optimizer.warmup", least=0)
+
+
+def explain(error: Exception, argv: list[str]) -> str:
+    """One line for what Python or ml_collections says of the configuration that a command line asks for."""
+    arguments = " ".join(argv)
+    file = re.search(r"--?config[= ](\S+)", arguments)[1]
+    if isinstance(error, OSError):
+        return f"the configuration file {file} cannot be read: give the path of one, like configs/birds60.py"
+    message = str(error).replace("\\n", "\n").replace("\\'", "'").strip("'\"\n")
+    unknown = re.match(r"Key \"(\w+)\" does not exist", message) or re.match(r"(\w+)('|$)", message)
+    if unknown and isinstance(error, KeyError | AttributeError):
+        given = re.search(rf"--config\.((\w+\.)*{unknown[1]})\b", arguments)
+        name = given[1] if given else unknown[1]
+
+        def likeness(field: str) -> float:
+            return max(difflib.SequenceMatcher(None, name, x).ratio() for x in (field, field.rpartition(".")[2]))
+
+        nearest = max(_flat(default().to_dict()), key=likeness)
+        return f"{given[0] if given else file}: there is no field {name!r}; did you mean {nearest!r}?"
+    return f"{file}: {message.splitlines()[-1].strip()}"
 
 
 @dataclasses.dataclass(frozen=True)

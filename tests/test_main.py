@@ -1,0 +1,164 @@
+"""The command line: commands, exit codes, signals, devices, messages."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from vit_nabirds.monitor import read_evaluations, read_metrics
+
+
+def trace(workdir):
+    return [line["train/loss"] for line in read_metrics(workdir / "metrics.jsonl") if "train/loss" in line]
+
+
+def test_trace_is_the_same_on_one_two_and_four_devices(main, tmp_path):
+    runs = {}
+    for devices in (1, 2, 4):
+        workdir = tmp_path / str(devices)
+        done = main("train", *main.tiny, f"--workdir={workdir}", devices=devices)
+        assert done.returncode == 0, done.stderr
+        assert f"on {devices} cpu device(s)" in done.stderr
+        runs[devices] = trace(workdir)
+        assert json.loads((workdir / "results.json").read_text())["test"]["examples"] == 15
+    assert len(runs[1]) == 20
+    assert runs[2] == pytest.approx(runs[1], rel=1e-4)
+    assert runs[4] == pytest.approx(runs[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("number, workers", [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
+def test_a_signal_saves_and_exits_with_75_and_the_same_command_goes_on(main, tmp_path, number, workers):
+    """The signal goes to the whole process group, as Slurm's and the terminal's do, workers included."""
+    command = [*main.tiny, f"--workdir={tmp_path / 'run'}", f"--config.data.workers={workers}", "--config.epochs=200"]
+    running = main(*command, start_only=True, start_new_session=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_until(lambda: len(read_metrics(metrics)) >= 3, running)
+    os.killpg(running.pid, number)
+    output, _ = running.communicate(timeout=120)
+    assert running.returncode == 75, output
+    assert "Traceback" not in output and "run the same command again" in output
+    stopped = read_metrics(metrics)[-1]["step"]
+    assert (tmp_path / "run" / "checkpoints" / str(stopped)).is_dir()
+    going_on = main(*command, start_only=True, start_new_session=True)
+    wait_until(lambda: read_metrics(metrics)[-1]["step"] > stopped, going_on)
+    os.killpg(going_on.pid, signal.SIGTERM)
+    output, _ = going_on.communicate(timeout=120)
+    assert going_on.returncode == 75, output
+    steps = [line["step"] for line in read_metrics(metrics) if "train/loss" in line]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def wait_until(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_the_demonstration_end_to_end(main, tmp_path):
+    """Shortened; alone, `python main.py` is the same chain to the end."""
+    short = ["--config.epochs=2", "--config.evaluate.every=1 epoch", "--config.optimizer.warmup=5 steps"]
+    done = main(*short)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "demo"
+    assert (run / "birds" / "metadata.parquet").exists()
+    assert "on 1 cpu device(s)" in done.stderr  # XLA_FLAGS, where set, has the last word
+    assert json.loads((run / "results.json").read_text())["test"]["examples"] == 240
+    assert "tensorboard --logdir" in done.stderr and "configs/nabirds_vit_b16.py" in done.stderr
+    evaluations = read_evaluations(run / "metrics.jsonl")
+    assert list(evaluations) == [20, 40]
+    assert main("evaluate", f"--workdir={run}").returncode == 0
+    results = json.loads((run / "results.json").read_text())
+    assert results["test"]["accuracy"] == max(e["test/accuracy"] for e in evaluations.values())
+
+
+def test_the_cpu_becomes_several_devices(main, tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    short = ["--config.cpu_devices=4", "--config.epochs=1", f"--workdir={tmp_path / 'run'}"]
+    done = main(*main.tiny, *short, env=environment)
+    assert "on 4 cpu device(s)" in done.stderr and done.returncode == 0
+
+
+USAGE = {
+    "unknown command": (["trian"], "no command 'trian'"),
+    "unknown flag": (["prepare", "--archiv=x"], "Unknown command line flag 'archiv'. Did you mean: archive"),
+    "flag of another command": (["--archive=x"], "Unknown command line flag 'archive'"),
+    "missing flag": (["prepare", "--out=x"], "--archive"),
+    "stray argument": (["evaluate", "--workdir=x", "y"], "unexpected argument 'y'"),
+    "mistyped field": (["--config.optimizer.lerning_rate=1"], 'Did you mean "learning_rate"'),
+    "wrong type": (["--config.batch_size=many"], "config.batch_size"),
+    "fraction for a whole number": (["--config.batch_size=1.5"], "config.batch_size"),
+    "no configuration file": (["--config=nothing.py"], "nothing.py"),
+}
+
+
+@pytest.mark.parametrize("case", USAGE)
+def test_wrong_usage_exits_with_2(main, case):
+    arguments, message = USAGE[case]
+    done = main(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+CONFIG = """
+from vit_nabirds import config as config_lib
+def get_config():
+    config = config_lib.default()
+    {line}
+    return config
+"""
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("config.optimizer.lerning_rate = 1.0", 'Did you mean "learning_rate"'),
+        ("config.batch_size = 'many'", "batch_size"),
+        ("config.nothing.here = 1", "nothing"),
+    ],
+)
+def test_mistake_in_a_configuration_file(main, tmp_path, line, message):
+    file = tmp_path / "mine.py"
+    file.write_text(CONFIG.format(line=line))
+    done = main(f"--config={file}")
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert "mine.py" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--config.batch_size=7", "--config.cpu_devices=1"], "batch_size is 7, which 2 devices cannot share"),
+        (["--config.data.root=/nowhere"], "/nowhere/metadata.parquet is missing"),
+        (["--config.model.pretrained=/nowhere"], "no folder '/nowhere'"),
+        (["--config.optimizer.name=lion"], "'adamw' or 'sgd'"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exits_with_1(main, tmp_path, arguments, message):
+    done = main(*main.tiny, *arguments, f"--workdir={tmp_path / 'run'}", devices=2)
+    assert done.returncode == 1
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_of_the_other_commands(main, tmp_path):
+    for arguments, message in (
+        (["prepare", "--archive=/nowhere", f"--out={tmp_path / 'out'}"], "/nowhere: no such folder"),
+        (["evaluate", f"--workdir={tmp_path}"], "holds no run"),
+    ):
+        done = main(*arguments)
+        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_lists_the_commands(main):
+    done = main("help")
+    assert done.returncode == 0
+    assert all(command in done.stdout for command in ("train", "prepare", "evaluate", "--config", "75"))
+    assert "--archive" in main("prepare", "--help").stdout
+
+
