@@ -1,4 +1,24 @@
-"""Sixty species."""
+"""Sixty species of birds in NABirds' layout (photographs of CUB-200-2011), from a DINOv2-small backbone at 224 px.
+
+Data: 1,800 train and 1,733 test photographs, prepared with `python main.py prepare --archive=ARCHIVE --out=data/birds60`.
+Weights: a `ViTForImageClassification` folder (hidden 384, 12 layers, 6 heads, patch 14) whose backbone is DINOv2-small.
+
+The whole network on the first ten species (300 train and 261 test photographs):
+    python main.py --config=configs/birds60.py --workdir=runs/birds10 \\
+        --config.data.root=data/birds10 --config.model.pretrained=vit-small-patch14-224
+    FT10
+
+The head alone on all sixty, and on the first ten:
+    python main.py --config=configs/birds60.py --workdir=runs/birds60-head --config.trainable=classifier \\
+        --config.epochs=8 --config.evaluate.every="8 epochs" --config.model.pretrained=vit-small-patch14-224
+    HEAD60
+    python main.py --config=configs/birds60.py --workdir=runs/birds10-head --config.trainable=classifier \\
+        --config.epochs=10 --config.evaluate.every="10 epochs" \\
+        --config.data.root=data/birds10 --config.model.pretrained=vit-small-patch14-224
+    HEAD10
+
+All on two CPU cores, one seed; a logistic regression on the frozen CLS features scores 85.2 % and 94.6 %.
+"""
 
 from vit_nabirds import config as config_lib
 
@@ -9,7 +29,7 @@ def get_config():
     config.batch_size = 16
     config.epochs = 6.0
     config.optimizer.learning_rate = 2e-5
-    config.optimizer.head_multiplier = 500.0
+    config.optimizer.head_multiplier = 500.0  # a new head learns from nothing, the backbone is nearly right
     config.optimizer.weight_decay = 0.05
     config.optimizer.warmup = "10 steps"
     config.log_every = 10

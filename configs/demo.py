@@ -1,4 +1,9 @@
-"""A demonstration on birds drawn for it."""
+"""A small ViT from random weights on birds that are drawn for it, on two devices made of one CPU.
+
+    python main.py
+
+Measured on two CPU cores: DEMO
+"""
 
 from vit_nabirds import config as config_lib
 
@@ -16,12 +21,11 @@ def get_config():
     config.model.num_heads = 4
     config.model.mlp_dim = 256
     config.batch_size = 32
-    config.epochs = 20.0
+    config.epochs = 15.0
     config.optimizer.learning_rate = 1e-3
     config.optimizer.weight_decay = 0.05
     config.optimizer.warmup = "1 epoch"
     config.optimizer.clip_norm = 1.0
     config.evaluate.every = "5 epochs"
-    config.checkpoint.every = "5 epochs"
     config.log_every = 20
     return config

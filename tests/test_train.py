@@ -144,9 +144,7 @@ def test_evaluate_gives_the_numbers_of_training(undisturbed, tmp_path):
         assert evaluate_run(run, step) == 0
         results = json.loads((run / "results.json").read_text())
         assert results["step"] == expected
-        assert {f"test/{name}": value for name, value in results["test"].items()} == {
-            name: value for name, value in evaluations[expected].items() if name != "step"
-        }
+        assert {f"test/{name}": value for name, value in results["test"].items()} == evaluations[expected]
     with pytest.raises(UserError, match="no checkpoint of step 7"):
         evaluate_run(run, 7)
 
@@ -222,7 +220,7 @@ REFUSED = {
     "batch size": (change("batch_size", 7), "batch_size is 7, which 2 devices cannot share"),
     "no data": (change("data.root", ""), "config.data.root is empty"),
     "missing folder": (change("data.root", "/nowhere"), "/nowhere/metadata.parquet is missing"),
-    "model too large": (change("model.image_size", 32), "test images are 16 px and the model takes 32"),
+    "model too large": (change("model.image_size", 32), "test images 16 px, but the model takes 32: prepare another folder with --train_size=38"),
     "odd patches": (change("model.patch_size", 5), "multiple of patch_size"),
     "missing shape": (change("model.patch_size", None), "config.model.patch_size is not set"),
     "optimizer": (change("optimizer.name", "lion"), "optimizer.name is 'lion': it must be 'adamw' or 'sgd'"),

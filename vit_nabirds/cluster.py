@@ -10,7 +10,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 def split_cpu(devices: int) -> None:
     """Let the CPU count as several devices where there is no accelerator; before JAX touches a device."""
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    in_flags = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not in_flags and jax.config.jax_num_cpu_devices != devices:
         jax.config.update("jax_num_cpu_devices", devices)
 
 
@@ -59,3 +60,4 @@ class StopRequest:
         if self.requested:
             os._exit(128 + number)
         self.requested = True
+        os.write(2, b"stopping: the step is finished and saved; a second signal stops at once\n")

@@ -70,6 +70,12 @@ def check(config: ml_collections.ConfigDict) -> None:
         if not ok:
             raise UserError(f"config.{field} is {_get(config, field)!r}: it must be {expected}.")
 
+    fields, known = set(_flat(config.to_dict())), set(_flat(default().to_dict()))
+    if fields != known:
+        raise UserError(
+            f"the configuration lacks {sorted(known - fields)} and has {sorted(fields - known)} too many: let its file "
+            "start from vit_nabirds.config.default()."
+        )
     if not config.data.root:
         raise UserError(
             "config.data.root is empty: give the folder that `main.py prepare` wrote, e.g. --config.data.root=DIR."

@@ -115,6 +115,15 @@ def check_labels(photographs: Photographs, num_classes: int) -> None:
         )
 
 
+def check_sizes(train: Photographs, test: Photographs, image_size: int) -> None:
+    """Raise UserError when the model cannot be trained on crops of these images and tested on those."""
+    if train.size < image_size or test.size != image_size:
+        raise UserError(
+            f"{train.folder}: training images are {train.size} px and test images {test.size} px, but the model takes "
+            f"{image_size}: prepare another folder with --train_size={round(1.2 * image_size)} --test_size={image_size}."
+        )
+
+
 def train_batches(
     photographs: Photographs, batch_size: int, seed: int, start: int, workers: int, shard: grain.sharding.ShardOptions
 ) -> Iterator[dict[str, np.ndarray]]:

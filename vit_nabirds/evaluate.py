@@ -1,5 +1,6 @@
 """Exact evaluation: every test image is scored once, and sums are taken on the devices."""
 
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -53,12 +54,14 @@ def evaluate(
     shard = grain.sharding.ShardByJaxProcess(drop_remainder=True)
     zero, zeros = np.zeros((), np.float32), np.zeros(num_classes, np.float32)
     totals = jax.device_put({"loss": zero, "top1": zeros, "top5": zero, "examples": zeros}, cluster.replicated(mesh))
-    for batch in data.test_batches(photographs, batch_size, workers, shard):
-        if stop.requested:
-            return None
-        del batch["row"]
-        jax.block_until_ready(totals)  # or the host would run ahead and hold the whole split on the devices
-        totals = eval_step(params, totals, cluster.to_devices(batch, mesh))
+    with contextlib.closing(data.test_batches(photographs, batch_size, workers, shard)) as batches:
+        for batch in batches:
+            if stop.requested:
+                return None
+            del batch["row"]
+            batch = cluster.to_devices(batch, mesh)
+            jax.block_until_ready(totals)  # or the host would run ahead and hold the whole split on the devices
+            totals = eval_step(params, totals, batch)
     totals = jax.device_get(totals)
     examples = totals["examples"]
     if examples.sum() != len(photographs):
@@ -103,7 +106,7 @@ def evaluate_run(workdir: Path, step: int | None = None, root: str | None = None
             "others: give the data of the training with --data_root."
         )
     photographs = data.open_split(root, table, train=False)
-    check_size(photographs, about.architecture["img_size"])
+    data.check_sizes(photographs, photographs, about.architecture["img_size"])
 
     graphdef, like = model.describe(about.architecture, num_classes, config["compute_dtype"])
     like = checkpoint.placed(like, cluster.replicated(mesh))
@@ -122,11 +125,3 @@ def evaluate_run(workdir: Path, step: int | None = None, root: str | None = None
         write_results(workdir / "results.json", step, metrics)
     return 0
 
-
-def check_size(photographs: data.Photographs, image_size: int) -> None:
-    """Raise UserError when test images are not of the model's size."""
-    if photographs.size != image_size:
-        raise UserError(
-            f"{photographs.folder}: test images are {photographs.size} px and the model takes {image_size}: prepare "
-            f"another folder with --test_size={image_size} --train_size={round(1.2 * image_size)}."
-        )

@@ -106,7 +106,8 @@ def read_metrics(file: Path) -> list[dict]:
 
 def read_evaluations(file: Path) -> dict[int, dict]:
     """The evaluations in metrics.jsonl by step."""
-    return {line["step"]: line for line in read_metrics(file) if "test/accuracy" in line}
+    lines = [line for line in read_metrics(file) if "test/accuracy" in line]
+    return {line["step"]: {name: value for name, value in line.items() if name != "step"} for line in lines}
 
 
 def draw_grid(images: np.ndarray, captions: list[tuple[str, str]], columns: int = 4) -> np.ndarray:

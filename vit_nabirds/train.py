@@ -1,5 +1,6 @@
 """Fine-tuning: the jitted data-parallel step, and the loop from the first step to the last."""
 
+import collections
 import contextlib
 import json
 import logging
@@ -20,7 +21,7 @@ from flax import nnx
 from vit_nabirds import checkpoint, cluster, config as config_lib, data, model, optimizer, weights
 from vit_nabirds.augment import Normalization, augment, zscore
 from vit_nabirds.errors import UserError
-from vit_nabirds.evaluate import check_size, evaluate, make_eval_step, write_results
+from vit_nabirds.evaluate import evaluate, make_eval_step, write_results
 from vit_nabirds.monitor import Monitor, Throughput, read_evaluations
 from vit_nabirds.prepare import prepare
 from vit_nabirds.synthetic import draw_archive
@@ -28,6 +29,9 @@ from vit_nabirds.synthetic import draw_archive
 log = logging.getLogger("vit_nabirds")
 
 METRICS = ("train/loss", "train/accuracy", "train/learning_rate", "train/gradient_norm")
+REAL_BIRDS = """
+  real birds:      python main.py prepare --archive=NABIRDS_FOLDER --out=data/nabirds
+                   python main.py --config=configs/nabirds_vit_b16.py --workdir=runs/nabirds_vit_b16"""
 FINISHED, STOPPED = 0, 75  # 75 is EX_TEMPFAIL: run the same command again to go on
 
 
@@ -73,79 +77,73 @@ def make_train_step(
 
 def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
     """Train or resume the run in `workdir`; returns the exit code: 0 finished, 75 stopped with everything saved."""
-
-    # Configuration and devices
-    config_lib.check(config)
-    cluster.split_cpu(config.cpu_devices)
-    mesh = cluster.make_mesh()
-    if config.batch_size % mesh.size:
-        raise UserError(
-            f"config.batch_size is {config.batch_size}, which {mesh.size} devices cannot share equally: choose a "
-            f"multiple of {mesh.size}."
-        )
-
-    # Data
-    root = Path(config.data.root)
-    if config.data.synthetic:
-        prepare_synthetic(root, config.model.image_size)
-    table = data.read_table(root)
-    species, fingerprint = data.species_names(table), data.fingerprint(table)
-    train_split, test_split = (data.open_split(root, table, train=split) for split in (True, False))
-    for split in (train_split, test_split):
-        data.check_labels(split, len(species))
-    steps_per_epoch = Fraction(len(train_split), config.batch_size)
-    total_steps = math.ceil(Fraction(str(config.epochs)) * steps_per_epoch)
-
-    # Model and optimizer
-    start, about = checkpoint.newest(workdir / "checkpoints") or (0, None)
-    if about:
-        architecture, normalization, backbone = about.architecture, about.normalization, {}
-    else:
-        architecture, normalization, backbone = weights.load_pretrained(config)
-    config = config_lib.resolve(config, architecture)
-    if about:
-        check_same_run(about, config, species, fingerprint, workdir)
-    else:
-        about = checkpoint.About(config.to_dict(), architecture, species, normalization, fingerprint)
-    image_size = architecture["img_size"]
-    check_size(test_split, image_size)
-    if train_split.size < image_size:
-        raise UserError(
-            f"{train_split.folder}: training images are {train_split.size} px, smaller than the model's {image_size}: "
-            f"prepare another folder with --test_size={image_size} --train_size={round(1.2 * image_size)}."
-        )
-    graphdef, shapes = model.describe(architecture, len(species), config.compute_dtype, config.model.dropout_rate)
-    trainable = optimizer.trainable_paths(list(shapes), config.trainable)
-    schedule = optimizer.make_schedule(config, total_steps, steps_per_epoch)
-    tx = optimizer.make_optimizer(config, schedule)
-
-    def initial_state(backbone: dict) -> dict:
-        params = model.initial_params(architecture, len(species), config.seed) | backbone
-        opt_state = tx.init({path: params[path] for path in trainable})
-        return {"step": jnp.zeros((), jnp.int32), "params": params, "opt_state": opt_state}
-
-    # All is known to be right: from here on the run writes.
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(cluster.StopRequest())
+
+        # Configuration and devices
+        config_lib.check(config)
+        cluster.split_cpu(config.cpu_devices)
+        mesh = cluster.make_mesh()
+        if config.batch_size % mesh.size:
+            raise UserError(
+                f"config.batch_size is {config.batch_size}, which {mesh.size} devices cannot share equally: choose a "
+                f"multiple of {mesh.size}."
+            )
+
+        # Data
+        root = Path(config.data.root)
+        if config.data.synthetic:
+            prepare_synthetic(root, config.model.image_size)
+        table = data.read_table(root)
+        species, fingerprint = data.species_names(table), data.fingerprint(table)
+        train_split, test_split = (data.open_split(root, table, train=split) for split in (True, False))
+        for split in (train_split, test_split):
+            data.check_labels(split, len(species))
+        steps_per_epoch = Fraction(len(train_split), config.batch_size)
+        total_steps = math.ceil(Fraction(str(config.epochs)) * steps_per_epoch)
+
+        # Model and optimizer
+        start, about = checkpoint.newest(workdir / "checkpoints") or (0, None)
+        if resumed := about is not None:
+            architecture, normalization, backbone = about.architecture, about.normalization, {}
+        else:
+            architecture, normalization, backbone = weights.load_pretrained(config)
+        config = config_lib.resolve(config, architecture)
+        if resumed:
+            check_same_run(about, config, species, fingerprint, workdir)
+        about = checkpoint.About(config.to_dict(), architecture, species, normalization, fingerprint)
+        image_size = architecture["img_size"]
+        data.check_sizes(train_split, test_split, image_size)
+        graphdef, shapes = model.describe(architecture, len(species), config.compute_dtype, config.model.dropout_rate)
+        trainable = optimizer.trainable_paths(list(shapes), config.trainable)
+        schedule = optimizer.make_schedule(config, total_steps, steps_per_epoch)
+        tx = optimizer.make_optimizer(config, schedule)
+
+        def initial_state(backbone: dict) -> dict:
+            params = model.initial_params(architecture, len(species), config.seed) | backbone
+            opt_state = tx.init({path: params[path] for path in trainable})
+            return {"step": jnp.zeros((), jnp.int32), "params": params, "opt_state": opt_state}
+
+        # State: all is known to be right, and from here on the run writes
         workdir.mkdir(parents=True, exist_ok=True)
-        evaluations = {s: e for s, e in read_evaluations(workdir / "metrics.jsonl").items() if s <= start}
         checkpoints = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(workdir / "checkpoints")))
-        checkpoints.best_step = checkpoint.best_step(evaluations, checkpoints.steps)
-        if checkpoints.steps:
-            like = jax.eval_shape(initial_state, {path: shapes[path] for path in backbone})
-            state = checkpoints.restore(start, checkpoint.placed(like, cluster.replicated(mesh)))
+        if resumed:
+            like = checkpoint.placed(jax.eval_shape(initial_state, backbone), cluster.replicated(mesh))
+            state = checkpoints.restore(start, like)
         else:
             state = jax.jit(initial_state, out_shardings=cluster.replicated(mesh))(backbone)
         del backbone
-        monitor = stack.enter_context(contextlib.closing(Monitor(workdir, start, total_steps, cluster.is_writer())))
         if cluster.is_writer():
-            checkpoint.write_json(workdir / "config.json", config.to_dict())
-        monitor.text("config", f"```\n{json.dumps(config.to_dict(), indent=2)}\n```")
+            checkpoint.write_json(workdir / "config.json", about.config)
+        monitor = stack.enter_context(contextlib.closing(Monitor(workdir, start, total_steps, cluster.is_writer())))
+        monitor.text("config", f"```\n{json.dumps(about.config, indent=2)}\n```")
+        evaluations = read_evaluations(workdir / "metrics.jsonl")
+        checkpoints.best_step = checkpoint.best_step(evaluations, checkpoints.steps)
         log.info(
-            "%s: %d species, %d train and %d test images; %d parameters, %d of them trained in %s; steps %d to %d on %d %s "
-            "device(s)",
-            workdir, len(species), len(train_split), len(test_split), optimizer.count(shapes),
-            optimizer.count({path: shapes[path] for path in trainable}), config.compute_dtype, start, total_steps,
+            "%s: %d species, %d train and %d test images; %s parameters, %s of them trained, in %s; steps %d to %d on "
+            "%d %s device(s)",
+            workdir, len(species), len(train_split), len(test_split), f"{optimizer.count(shapes):,}",
+            f"{optimizer.count({path: shapes[path] for path in trainable}):,}", config.compute_dtype, start, total_steps,
             mesh.size, jax.default_backend(),
         )  # fmt: skip
 
@@ -159,33 +157,37 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         host_batches = data.train_batches(train_split, config.batch_size, config.seed, start, workers, shard)
         stack.callback(host_batches.close)
         throughput = Throughput(config.batch_size)
+        unreported = collections.deque()
 
         def next_batch() -> dict[str, jax.Array]:
             with throughput.waiting():
                 batch = next(host_batches)
             rows = batch.pop("row")
             if step == start:
-                shown = jnp.asarray(batch["image"][:16])
-                shown = jax.jit(augment, static_argnums=2)(shown, step_keys(config.seed, step)[0], image_size)
+                shown = jax.jit(augment, static_argnums=2)(
+                    jnp.asarray(batch["image"][:16]), step_keys(config.seed, step)[0], image_size
+                )
                 captions = table[rows[:16].tolist()].select("species_name", "photographer").rows()
                 monitor.images("train/augmented", step, np.asarray(shown), captions)
             return cluster.to_devices(batch, mesh)
 
-        def report(step: int, metrics: dict[str, jax.Array]) -> None:
-            metrics = {name: float(metrics[name]) for name in METRICS}
-            if not math.isfinite(metrics["train/loss"]):
-                raise UserError(
-                    f"the loss of step {step} is {metrics['train/loss']}: lower config.optimizer.learning_rate, lengthen "
-                    "config.optimizer.warmup or set config.optimizer.clip_norm=1, and start in a new --workdir."
-                )
-            if step in (1, total_steps) or step % config.log_every == 0:
-                monitor.scalars(step, metrics | throughput.read(step))
-            monitor.progress(step)
+        def report(keep: int) -> None:
+            """Report the steps that are not yet, but the `keep` newest; it waits for those to be done."""
+            while len(unreported) > keep:
+                step, metrics = unreported.popleft()
+                if not math.isfinite(loss := float(metrics["train/loss"])):
+                    raise UserError(
+                        f"the loss of step {step} is {loss}: lower config.optimizer.learning_rate, lengthen "
+                        "config.optimizer.warmup or set config.optimizer.clip_norm=1, and start in a new --workdir."
+                    )
+                if step in (1, total_steps) or step % config.log_every == 0:
+                    monitor.scalars(step, {name: float(metrics[name]) for name in METRICS} | throughput.read(step))
+                monitor.progress(step)
 
         def is_evaluated(step: int) -> bool:
             return step > 0 and (step == total_steps or config_lib.is_due(step, evaluate_every))
 
-        def run_evaluation(step: int) -> None:
+        def run_evaluation() -> None:
             metrics = evaluate(
                 eval_step, state["params"], test_split, len(species), config.batch_size, workers, mesh, stop
             )
@@ -195,38 +197,32 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
                 checkpoints.best_step = checkpoint.best_step(evaluations, [*checkpoints.steps, step])
             throughput.restart(step)
 
-        step, unreported = start, None
-        saved, saved_at = (start if checkpoints.steps else None), time.monotonic()
+        step, saved, saved_at = start, start if resumed else None, time.monotonic()
         if is_evaluated(start) and start not in evaluations:  # it was stopped between its checkpoint and its evaluation
-            run_evaluation(start)
+            run_evaluation()
         if step < total_steps:
             batch = next_batch()
         while step < total_steps and not stop.requested:
             state, metrics = train_step(state, batch)
             step += 1
+            unreported.append((step, metrics))
             if step < total_steps:
                 batch = next_batch()  # while the devices are at work on this step
-            if unreported:
-                report(*unreported)  # one step late, so that the devices always have the next one
-            unreported = step, metrics
+            report(keep=1)  # one step late, so that the devices always have the next one
             if step == start + 1:
-                report(*unreported)  # which ends when compilation and the first step have
-                unreported = None
+                report(keep=0)  # compilation is over
                 throughput.restart(step)
             if is_evaluated(step) or save_every.is_over(step, steps_per_epoch, time.monotonic() - saved_at):
-                if unreported:
-                    report(*unreported)  # a loss that is not a number is never saved
-                    unreported = None
+                report(keep=0)  # a loss that is no number is never saved
                 checkpoints.save(step, state, about)
                 saved, saved_at = step, time.monotonic()
                 if is_evaluated(step):
-                    run_evaluation(step)
-        if unreported:
-            report(*unreported)
+                    run_evaluation()
+        report(keep=0)
         if saved != step:
             checkpoints.save(step, state, about)
 
-    if step < total_steps or step not in evaluations:
+    if step not in evaluations or step < total_steps:
         log.info("stopped at step %d of %d, all saved: run the same command again to go on", step, total_steps)
         return STOPPED
     if cluster.is_writer():
@@ -234,9 +230,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
     log.info(
         "finished: accuracy %.4f on %d test images; best checkpoint: step %d\n"
         "  see the curves:  tensorboard --logdir %s\n"
-        "  score the best:  python main.py evaluate --workdir=%s",
+        "  score the best:  python main.py evaluate --workdir=%s%s",
         evaluations[step]["test/accuracy"], evaluations[step]["test/examples"], checkpoints.best_step,
-        workdir / "tensorboard", workdir,
+        workdir / "tensorboard", workdir, REAL_BIRDS if config.data.synthetic else "",
     )  # fmt: skip
     return FINISHED
 

@@ -1,0 +1,30 @@
+"""ViT-B/16, pretrained on ImageNet, on the 404 species of NABirds at 224 px.
+
+    python main.py prepare --archive=nabirds --out=data/nabirds
+    python main.py --config=configs/nabirds_vit_b16.py --workdir=runs/nabirds_vit_b16
+
+The recipe of the course that this project grew from (SGD with Nesterov momentum 0.9, learning rate 1e-3 falling linearly
+to 0, batches of 8, 3 epochs), mended: 404 species instead of 405 and no label out of range, another draw of the
+augmentation for each image and epoch, another order in each epoch, the checkpoint's exact GELU, every test image scored.
+
+Not measured here. Published by the course, with those faults: 81.4, 85.5 and 86.7 % after each epoch.
+
+More devices want larger batches, and with SGD a learning rate in proportion: on 32 devices of 8 images each,
+    --config.batch_size=256 --config.optimizer.learning_rate=0.03 --config.optimizer.warmup="100 steps"
+"""
+
+from vit_nabirds import config as config_lib
+
+
+def get_config():
+    config = config_lib.default()
+    config.data.root = "data/nabirds"
+    config.model.pretrained = "google/vit-base-patch16-224"
+    config.batch_size = 8
+    config.epochs = 3.0
+    config.optimizer.name = "sgd"
+    config.optimizer.momentum = 0.9
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = "linear"
+    config.checkpoint.every = "10 minutes"
+    return config
