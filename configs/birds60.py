@@ -26,11 +26,13 @@ from vit_nabirds import config as config_lib
 def get_config():
     config = config_lib.default()
     config.data.root = "data/birds60"
+    config.cpu_devices = 2  # 2.3 images/s on two cores, against 2.0 as one device
     config.batch_size = 16
     config.epochs = 6.0
-    config.optimizer.learning_rate = 2e-5
-    config.optimizer.head_multiplier = 500.0  # a new head learns from nothing, the backbone is nearly right
+    config.optimizer.learning_rate = 3e-5
+    config.optimizer.head_multiplier = 50.0  # a new head learns from nothing, the backbone is nearly right
     config.optimizer.weight_decay = 0.05
-    config.optimizer.warmup = "10 steps"
+    config.optimizer.warmup = "1 epoch"
+    config.optimizer.clip_norm = 1.0
     config.log_every = 10
     return config
