@@ -1,6 +1,6 @@
 """Sixty species of birds in NABirds' layout (photographs of CUB-200-2011), from a DINOv2-small backbone at 224 px.
 
-Data: 1,800 train and 1,733 test photographs, prepared with `python main.py prepare --archive=ARCHIVE --out=data/birds60`.
+Data: 1,800 train and 1,733 test photographs, `python main.py prepare --archive=ARCHIVE --out=data/birds60`.
 Weights: a `ViTForImageClassification` folder (hidden 384, 12 layers, 6 heads, patch 14) whose backbone is DINOv2-small.
 
 The whole network on the first ten species (300 train and 261 test photographs):

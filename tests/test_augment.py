@@ -39,7 +39,7 @@ def test_ranges_of_the_draws():
     assert 60 < flipped.sum() < 140
     spread = np.ptp(rows, axis=1) / (2 * 23 / 255)  # contrast x the slope of gamma
     assert 0.5 < spread.min() < 0.8 and 1.1 < spread.max() < 1.6
-    assert 0 <= out.min() and out.max() <= 1 and np.isfinite(out).all()
+    assert out.min() >= 0 and out.max() <= 1 and np.isfinite(out).all()
 
 
 def test_black_and_white_stay_finite():

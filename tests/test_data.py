@@ -31,7 +31,9 @@ def take(split, steps, hosts=1, start=0, workers=0, seed=0, batch_size=8):
         )
         blocks.append([next(batches) for _ in range(steps)])
         batches.close()
-    return [{name: np.concatenate([b[name] for b in parts]) for name in parts[0]} for parts in zip(*blocks, strict=True)]
+    return [
+        {name: np.concatenate([b[name] for b in parts]) for name in parts[0]} for parts in zip(*blocks, strict=True)
+    ]
 
 
 def same(left, right):

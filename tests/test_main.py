@@ -67,7 +67,7 @@ def test_the_demonstration_end_to_end(main, tmp_path):
     assert (run / "birds" / "metadata.parquet").exists()
     assert "on 1 cpu device(s)" in done.stderr  # XLA_FLAGS, where set, has the last word
     assert json.loads((run / "results.json").read_text())["test"]["examples"] == 240
-    assert "tensorboard --logdir" in done.stderr and "configs/nabirds_vit_b16.py" in done.stderr
+    assert "tensorboard --logdir=" in done.stderr and "configs/nabirds_vit_b16.py" in done.stderr
     evaluations = read_evaluations(run / "metrics.jsonl")
     assert list(evaluations) == [20, 40]
     assert main("evaluate", f"--workdir={run}").returncode == 0
@@ -88,7 +88,8 @@ USAGE = {
     "flag of another command": (["--archive=x"], "Unknown command line flag 'archive'"),
     "missing flag": (["prepare", "--out=x"], "--archive"),
     "stray argument": (["evaluate", "--workdir=x", "y"], "unexpected argument 'y'"),
-    "mistyped field": (["--config.optimizer.lerning_rate=1"], 'Did you mean "learning_rate"'),
+    "mistyped field": (["--config.optimizer.lerning_rate=1"], "did you mean 'optimizer.learning_rate'"),
+    "field of another group": (["--config.learning_rate=1"], "did you mean 'optimizer.learning_rate'"),
     "wrong type": (["--config.batch_size=many"], "config.batch_size"),
     "fraction for a whole number": (["--config.batch_size=1.5"], "config.batch_size"),
     "no configuration file": (["--config=nothing.py"], "nothing.py"),
@@ -116,7 +117,7 @@ def get_config():
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("config.optimizer.lerning_rate = 1.0", 'Did you mean "learning_rate"'),
+        ("config.optimizer.lerning_rate = 1.0", "did you mean 'optimizer.learning_rate'"),
         ("config.batch_size = 'many'", "batch_size"),
         ("config.nothing.here = 1", "nothing"),
     ],
@@ -160,5 +161,3 @@ def test_help_lists_the_commands(main):
     assert done.returncode == 0
     assert all(command in done.stdout for command in ("train", "prepare", "evaluate", "--config", "75"))
     assert "--archive" in main("prepare", "--help").stdout
-
-

@@ -27,7 +27,7 @@ def test_layout_is_that_of_the_real_archive(tmp_path):
         assert row["path"] == f"{row['class_id']:04d}/{row['UUID'].replace('-', '')}.jpg"
         with Image.open(tmp_path / "images" / row["path"]) as image:
             assert image.size == (row["width"], row["height"]) and image.format == "JPEG"
-        assert 90 <= min(image.size) and max(image.size) <= 120
+        assert min(image.size) >= 90 and max(image.size) <= 120
 
 
 def test_the_seed_decides_every_byte(tmp_path):

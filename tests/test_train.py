@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vit_nabirds import checkpoint, cluster, train
+from vit_nabirds import checkpoint, train
 from vit_nabirds.errors import UserError
 from vit_nabirds.evaluate import evaluate_run
 from vit_nabirds.monitor import read_evaluations, read_metrics
@@ -16,7 +16,9 @@ from vit_nabirds.train import FINISHED, STOPPED
 
 
 def losses(workdir):
-    return {line["step"]: line["train/loss"] for line in read_metrics(workdir / "metrics.jsonl") if "train/loss" in line}
+    return {
+        line["step"]: line["train/loss"] for line in read_metrics(workdir / "metrics.jsonl") if "train/loss" in line
+    }
 
 
 def params_of(workdir, step):
@@ -158,7 +160,9 @@ def test_evaluation_counts_as_numpy_does(undisturbed, prepared):
     split = data.open_split(prepared, data.read_table(prepared), train=False)
     graphdef, _ = model.describe(about.architecture, 4)
     images = np.stack([split[i]["image"] for i in range(15)])
-    logits = np.asarray(model.apply(graphdef, params_of(undisturbed, 20), zscore(to_float(images), about.normalization)))
+    logits = np.asarray(
+        model.apply(graphdef, params_of(undisturbed, 20), zscore(to_float(images), about.normalization))
+    )
     right = logits.argmax(-1) == split.labels
     log_sum = np.log(np.exp(logits).sum(-1))
     measured = read_evaluations(undisturbed / "metrics.jsonl")[20]
@@ -220,13 +224,19 @@ REFUSED = {
     "batch size": (change("batch_size", 7), "batch_size is 7, which 2 devices cannot share"),
     "no data": (change("data.root", ""), "config.data.root is empty"),
     "missing folder": (change("data.root", "/nowhere"), "/nowhere/metadata.parquet is missing"),
-    "model too large": (change("model.image_size", 32), "test images 16 px, but the model takes 32: prepare another folder with --train_size=38"),
+    "model too large": (
+        change("model.image_size", 32),
+        "test images 16 px, but the model takes 32: prepare one with --train_size=38",
+    ),
     "odd patches": (change("model.patch_size", 5), "multiple of patch_size"),
     "missing shape": (change("model.patch_size", None), "config.model.patch_size is not set"),
     "optimizer": (change("optimizer.name", "lion"), "optimizer.name is 'lion': it must be 'adamw' or 'sgd'"),
     "no steps": (change("epochs", 0.0), "config.epochs is 0.0"),
     "duration": (change("checkpoint.every", "5 days"), "checkpoint.every is '5 days': write it like"),
-    "evaluation by the clock": (change("evaluate.every", "5 minutes"), "in steps or epochs"),
+    "evaluation by the clock": (
+        change("evaluate.every", "5 minutes"),
+        "evaluate.every is '5 minutes': write it like '500 steps' or '1 epoch'",
+    ),
     "trainable": (change("trainable", "clasifier"), "matches no parameter path"),
     "regular expression": (change("trainable", "("), "not a regular expression"),
     "checkpoint": (change("model.pretrained", "/nowhere"), "no folder '/nowhere'"),
@@ -256,4 +266,3 @@ def test_another_run_in_the_same_workdir_is_refused(undisturbed, tiny_config, tm
         train.train(tiny_config, undisturbed)
     with pytest.raises(UserError, match="trained on 4 species"):
         evaluate_run(undisturbed, root=str(tmp_path / "prepared"))
-

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from typing import Self
 
 import jax
 import numpy as np
@@ -48,7 +49,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = False
 
-    def __enter__(self) -> "StopRequest":
+    def __enter__(self) -> Self:
         self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 

@@ -100,11 +100,8 @@ def check(config: ml_collections.ConfigDict) -> None:
         re.compile(config.trainable)
     except re.error as error:
         raise UserError(f"config.trainable is not a regular expression: {config.trainable!r}: {error}.") from None
-    for field in ("evaluate.every", "checkpoint.every"):
+    for field in ("optimizer.warmup", "evaluate.every", "checkpoint.every"):
         Duration.parse(config, field)
-    require("evaluate.every", Duration.parse(config, "evaluate.every").minutes is None, "in steps or epochs")
-    require("optimizer.warmup", not config.optimizer.warmup.strip().endswith(("minute", "minutes")), "in steps or epochs")
-    Duration.parse(config, "optimizer.warmup", least=0)
 
 
 def explain(error: Exception, argv: list[str]) -> str:
@@ -136,12 +133,13 @@ class Duration:
     minutes: Fraction | None = None
 
     @classmethod
-    def parse(cls, config: ml_collections.ConfigDict, field: str, least: float = 1e-9) -> "Duration":
-        """The Duration that a field spells, e.g. '500 steps', '0.5 epochs', '10 minutes'."""
-        text = _get(config, field)
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(step|epoch|minute)s?\s*", text)
-        if not match or float(match[1]) < least or (match[2] == "step" and "." in match[1]):
-            raise UserError(f"config.{field} is {text!r}: write it like '500 steps', '1 epoch' or '10 minutes'.")
+    def parse(cls, config: ml_collections.ConfigDict, field: str) -> "Duration":
+        """The Duration that a field spells; only warm-up may be 0, and only checkpoints go by the clock."""
+        text, clock = _get(config, field), field == "checkpoint.every"
+        match = re.fullmatch(r"\s*(\d+|\d+\.\d+(?!\s*step))\s*(step|epoch|minute)s?\s*", text)
+        if not match or (match[2] == "minute" and not clock) or not (float(match[1]) or field == "optimizer.warmup"):
+            forms = "'500 steps', '1 epoch' or '10 minutes'" if clock else "'500 steps' or '1 epoch'"
+            raise UserError(f"config.{field} is {text!r}: write it like {forms}.")
         return cls(**{match[2] + "s": Fraction(match[1])})
 
     def in_steps(self, steps_per_epoch: Fraction) -> Fraction | None:

@@ -34,7 +34,9 @@ def read_table(root: Path) -> pl.DataFrame:
     except pl.exceptions.PolarsError as error:
         raise UserError(f"{file} is not a readable Parquet file ({error}): prepare the folder again.") from None
     if missing := [name for name in COLUMNS if name not in table.columns]:
-        raise UserError(f"{file} has no column {missing[0]!r} (its columns: {', '.join(table.columns)}): prepare again.")
+        raise UserError(
+            f"{file} has no column {missing[0]!r} (its columns: {', '.join(table.columns)}): prepare again."
+        )
     for name in COLUMNS:
         empty = table.with_row_index("row").filter(pl.col(name).is_null())
         if not empty.is_empty():
@@ -89,7 +91,7 @@ def open_split(root: Path, table: pl.DataFrame, train: bool) -> Photographs:
     folder, paths = root / "cleaned_images", split["path"].to_list()
     with concurrent.futures.ThreadPoolExecutor(4 * cpu_share()) as pool:
         sizes = list(pool.map(lambda path: _size(folder / path), paths))
-    wrong = [(path, size) for path, size in zip(paths, sizes) if isinstance(size, str) or size != sizes[0]]
+    wrong = [(path, size) for path, size in zip(paths, sizes, strict=True) if isinstance(size, str) or size != sizes[0]]
     if wrong:
         path, size = wrong[0]
         what = size if isinstance(size, str) else f"is {size} px, but {paths[0]} is {sizes[0]} px"
@@ -100,7 +102,11 @@ def open_split(root: Path, table: pl.DataFrame, train: bool) -> Photographs:
     if sizes[0][0] != sizes[0][1]:
         raise UserError(f"{folder / paths[0]} is {sizes[0]} px: prepared images are square; run `main.py prepare`.")
     return Photographs(
-        folder, paths, split["species_id"].to_numpy().astype(np.int32), split["row"].to_numpy().astype(np.int32), sizes[0][0]
+        folder,
+        paths,
+        split["species_id"].to_numpy().astype(np.int32),
+        split["row"].to_numpy().astype(np.int32),
+        sizes[0][0],
     )
 
 
@@ -110,8 +116,8 @@ def check_labels(photographs: Photographs, num_classes: int) -> None:
     if len(wrong):
         index = wrong[0]
         raise UserError(
-            f"row {photographs.rows[index]} ({photographs.paths[index]}) has label {photographs.labels[index]}, but the "
-            f"model has {num_classes} classes (0 to {num_classes - 1})."
+            f"row {photographs.rows[index]} ({photographs.paths[index]}) has label {photographs.labels[index]}, but "
+            f"the model has {num_classes} classes (0 to {num_classes - 1})."
         )
 
 
@@ -120,7 +126,7 @@ def check_sizes(train: Photographs, test: Photographs, image_size: int) -> None:
     if train.size < image_size or test.size != image_size:
         raise UserError(
             f"{train.folder}: training images are {train.size} px and test images {test.size} px, but the model takes "
-            f"{image_size}: prepare another folder with --train_size={round(1.2 * image_size)} --test_size={image_size}."
+            f"{image_size}: prepare one with --train_size={round(1.2 * image_size)} --test_size={image_size}."
         )
 
 

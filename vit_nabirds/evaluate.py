@@ -124,4 +124,3 @@ def evaluate_run(workdir: Path, step: int | None = None, root: str | None = None
     if cluster.is_writer():
         write_results(workdir / "results.json", step, metrics)
     return 0
-

@@ -117,7 +117,7 @@ def draw_grid(images: np.ndarray, captions: list[tuple[str, str]], columns: int 
     rows = -(-len(images) // columns)
     grid = Image.new("RGB", (columns * cell[0] + gap, rows * cell[1] + gap), "white")
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(12)
-    for i, (image, caption) in enumerate(zip(images, captions)):
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         x, y = gap + i % columns * cell[0], gap + i // columns * cell[1]
         pixels = Image.fromarray(np.asarray(image * 255 + 0.5).clip(0, 255).astype(np.uint8))
         grid.paste(pixels.resize((side, side), Image.Resampling.NEAREST if side > image.shape[0] else None), (x, y))
@@ -126,4 +126,3 @@ def draw_grid(images: np.ndarray, captions: list[tuple[str, str]], columns: int 
                 text = text.removesuffix("…")[:-1] + "…"
             draw.text((x, y + side + j * line), text, "black" if j == 0 else "dimgray", font)
     return np.asarray(grid)
-

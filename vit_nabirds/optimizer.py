@@ -24,7 +24,7 @@ def trainable_paths(paths: list[str], pattern: str) -> list[str]:
 def make_schedule(config: ml_collections.ConfigDict, total_steps: int, steps_per_epoch: Fraction) -> optax.Schedule:
     """Linear warm-up from 0 to the peak, then cosine or linear decay to 0 at the last step."""
     peak = config.optimizer.learning_rate
-    warmup = round(Duration.parse(config, "optimizer.warmup", least=0).in_steps(steps_per_epoch))
+    warmup = round(Duration.parse(config, "optimizer.warmup").in_steps(steps_per_epoch))
     if warmup >= total_steps:
         raise UserError(f"config.optimizer.warmup is {warmup} steps, but the whole run has {total_steps}: shorten it.")
     decay_steps = total_steps - warmup

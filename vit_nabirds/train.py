@@ -18,7 +18,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from vit_nabirds import checkpoint, cluster, config as config_lib, data, model, optimizer, weights
+from vit_nabirds import checkpoint, cluster, data, model, optimizer, weights
+from vit_nabirds import config as config_lib
 from vit_nabirds.augment import Normalization, augment, zscore
 from vit_nabirds.errors import UserError
 from vit_nabirds.evaluate import evaluate, make_eval_step, write_results
@@ -143,8 +144,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
             "%s: %d species, %d train and %d test images; %s parameters, %s of them trained, in %s; steps %d to %d on "
             "%d %s device(s)",
             workdir, len(species), len(train_split), len(test_split), f"{optimizer.count(shapes):,}",
-            f"{optimizer.count({path: shapes[path] for path in trainable}):,}", config.compute_dtype, start, total_steps,
-            mesh.size, jax.default_backend(),
+            f"{optimizer.count({path: shapes[path] for path in trainable}):,}", config.compute_dtype, start,
+            total_steps, mesh.size, jax.default_backend(),
         )  # fmt: skip
 
         # The loop
@@ -229,10 +230,10 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         write_results(workdir / "results.json", step, evaluations[step])
     log.info(
         "finished: accuracy %.4f on %d test images; best checkpoint: step %d\n"
-        "  see the curves:  tensorboard --logdir %s\n"
+        "  see the curves:  tensorboard --logdir=%s\n"
         "  score the best:  python main.py evaluate --workdir=%s%s",
         evaluations[step]["test/accuracy"], evaluations[step]["test/examples"], checkpoints.best_step,
-        workdir / "tensorboard", workdir, REAL_BIRDS if config.data.synthetic else "",
+        workdir, workdir, REAL_BIRDS if config.data.synthetic else "",
     )  # fmt: skip
     return FINISHED
 
@@ -261,6 +262,6 @@ def check_same_run(
         )
     if changed := config_lib.differences(about.config, config.to_dict()):
         raise UserError(
-            f"{workdir} holds a run of another configuration ({'; '.join(changed)}): use another --workdir, or take the "
-            "change back to resume it."
+            f"{workdir} holds a run of another configuration ({'; '.join(changed)}): use another --workdir, or take "
+            "the change back to resume it."
         )

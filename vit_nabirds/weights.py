@@ -79,9 +79,7 @@ def read_architecture(folder: Path) -> tuple[dict, Normalization]:
         raise UserError(f"{preprocessor} is missing: it holds the mean and std that the checkpoint was trained with.")
     pixels = _read_json(preprocessor)
     half = [0.5, 0.5, 0.5]
-    return architecture, Normalization(
-        tuple(pixels.get("image_mean", half)), tuple(pixels.get("image_std", half))
-    )
+    return architecture, Normalization(tuple(pixels.get("image_mean", half)), tuple(pixels.get("image_std", half)))
 
 
 def load_backbone(folder: Path, architecture: dict) -> dict[str, np.ndarray]:
@@ -156,8 +154,15 @@ def convert(
 
 
 def mapping(
-    hidden_size: int, num_heads: int, mlp_dim: int, num_layers: int, patch_size: int, img_size: int, in_channels: int,
-    num_classes: int = 0, **_,
+    hidden_size: int,
+    num_heads: int,
+    mlp_dim: int,
+    num_layers: int,
+    patch_size: int,
+    img_size: int,
+    in_channels: int,
+    num_classes: int = 0,
+    **_,
 ):
     """Rows (our path, Hugging Face's name, its shape, its axes in our order, our shape)."""
     d, heads = hidden_size, (num_heads, hidden_size // num_heads)
@@ -175,7 +180,13 @@ def mapping(
     projection = "vit.embeddings.patch_embeddings.projection"
     yield "cls_token", "vit.embeddings.cls_token", (1, 1, d), (0, 1, 2), (1, 1, d)
     yield "position_embeddings", "vit.embeddings.position_embeddings", tokens, (0, 1, 2), tokens
-    yield "patch_embeddings/kernel", f"{projection}.weight", (d, in_channels, patch_size, patch_size), (2, 3, 1, 0), patch
+    yield (
+        "patch_embeddings/kernel",
+        f"{projection}.weight",
+        (d, in_channels, patch_size, patch_size),
+        (2, 3, 1, 0),
+        patch,
+    )
     yield "patch_embeddings/bias", f"{projection}.bias", (d,), (0,), (d,)
     for i in range(num_layers):
         ours, theirs = f"encoder/layers/{i}", f"vit.encoder.layer.{i}"
