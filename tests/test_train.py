@@ -235,7 +235,7 @@ REFUSED = {
     "duration": (change("checkpoint.every", "5 days"), "checkpoint.every is '5 days': write it like"),
     "evaluation by the clock": (
         change("evaluate.every", "5 minutes"),
-        "evaluate.every is '5 minutes': write it like '500 steps' or '1 epoch'",
+        "'5 minutes': write it like '500 steps' or '1 ep",
     ),
     "trainable": (change("trainable", "clasifier"), "matches no parameter path"),
     "regular expression": (change("trainable", "("), "not a regular expression"),

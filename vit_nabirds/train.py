@@ -68,7 +68,7 @@ def make_train_step(
             "train/loss": loss,
             "train/accuracy": jnp.mean(jnp.argmax(logits, -1) == batch["label"]),
             "train/learning_rate": schedule(state["step"]),
-            "train/gradient_norm": optax.global_norm(gradients),
+            "train/gradient_norm": optax.tree.norm(gradients),
         }
         params = state["params"] | optax.apply_updates(params, updates)
         return {"step": state["step"] + 1, "params": params, "opt_state": opt_state}, metrics
