@@ -7,7 +7,9 @@ import time
 
 import pytest
 
+from vit_nabirds import data
 from vit_nabirds.monitor import read_evaluations, read_metrics
+from vit_nabirds.synthetic import draw_archive
 
 
 def trace(workdir):
@@ -145,6 +147,16 @@ def test_a_mistake_is_one_message_and_exits_with_1(main, tmp_path, arguments, me
     assert message in done.stderr and "Traceback" not in done.stderr
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_prepare(main, tmp_path):
+    draw_archive(tmp_path / "archive", species=2, train=2, test=1, size=(40, 60))
+    done = main("prepare", "--archive=archive", "--out=out", "--train_size=40", "--test_size=32")
+    assert done.returncode == 0 and "6 photographs (4 train, 2 test), 2 species" in done.stdout
+    table = data.read_table(tmp_path / "out")
+    assert data.open_split(tmp_path / "out", table, train=True).size == 40
+    assert main("prepare", "--archive=archive", "--out=table", "--metadata_only").returncode == 0
+    assert [file.name for file in (tmp_path / "table").iterdir()] == ["metadata.parquet"]
 
 
 def test_mistakes_of_the_other_commands(main, tmp_path):

@@ -81,9 +81,9 @@ def check(config: ml_collections.ConfigDict) -> None:
             "config.data.root is empty: give the folder that `main.py prepare` wrote, e.g. --config.data.root=DIR."
         )
     positive = ["batch_size", "epochs", "cpu_devices", "log_every", "optimizer.learning_rate"]
-    for field in positive + ["optimizer.head_multiplier"]:
+    for field in positive + ["optimizer.head_multiplier"] + [f"model.{name}" for name in SHAPE]:
         value = _get(config, field)
-        require(field, math.isfinite(value) and value > 0, "positive")
+        require(field, value is None or (math.isfinite(value) and value > 0), "positive")
     for field in ("optimizer.weight_decay", "optimizer.clip_norm"):
         require(field, 0 <= _get(config, field) < math.inf, "0 or more")
     require("seed", 0 <= config.seed < 2**32, "between 0 and 2^32 - 1")
