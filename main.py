@@ -14,7 +14,9 @@ Exit codes: 0 finished; 75 stopped on request, all saved: run the same command a
 
 import errno
 import logging
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 FLAGS = flags.FLAGS
-EXIT_FAILED, EXIT_USAGE = 1, 2
+EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 75
 
 
 def train_flags() -> None:
@@ -87,8 +89,8 @@ def parse(argv: list[str]) -> list[str]:
             FLAGS.config.lock()  # raises what went wrong when the file was loaded
         return rest
     except Exception as error:  # a flag's, or whatever the user's configuration file may raise
-        if isinstance(error, flags.Error) and "\n" not in str(error):
-            fail(str(error), EXIT_USAGE)
+        if "config" not in FLAGS or (isinstance(error, flags.Error) and "Traceback" not in str(error)):
+            fail(" ".join(str(error).split()), EXIT_USAGE)
         from vit_nabirds.config import explain
 
         fail(explain(error, argv), EXIT_USAGE)
@@ -108,8 +110,6 @@ def run(_argv: list[str]) -> int:
         return COMMANDS[command][1]()
     except UserError as error:
         fail(str(error), EXIT_FAILED)
-    except KeyboardInterrupt:
-        fail("interrupted", 130)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise
@@ -121,7 +121,15 @@ def fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
+def stop_early(*_) -> None:
+    """SIGTERM or Ctrl-C while nothing is under way that would not be done again."""
+    os.write(2, b"stopped: run the same command again to go on\n")
+    os._exit(EXIT_STOPPED)
+
+
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop_early)
     named = len(sys.argv) > 1 and not sys.argv[1].startswith("-")
     command = sys.argv.pop(1) if named else "train"
     if command == "help":
@@ -130,4 +138,7 @@ if __name__ == "__main__":
     if command not in COMMANDS:
         fail(f"there is no command {command!r}: it is one of {', '.join(COMMANDS)}, help", EXIT_USAGE)
     COMMANDS[command][0]()
+    if {"--help", "-help", "-h"} & set(sys.argv):
+        print(f"{__doc__.strip()}\n{FLAGS.main_module_help()}")
+        sys.exit(0)
     app.run(run, flags_parser=parse)

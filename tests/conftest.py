@@ -57,6 +57,17 @@ def tiny_config(prepared):
 
 
 @pytest.fixture
+def hf_folder(tmp_path) -> Path:
+    """A checkpoint folder in PyTorch's naming, as the Hub holds them."""
+    from checkpoints import save_tiny
+
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    save_tiny(folder)
+    return folder
+
+
+@pytest.fixture
 def main(prepared, tmp_path):
     """Runs `python main.py ...` in a process of its own."""
 

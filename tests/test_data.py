@@ -168,7 +168,8 @@ def test_damaged_image_is_found_before_training(copied, damage, message):
     assert path in str(error.value)
 
 
-def test_image_damaged_inside_is_an_error_that_names_it(copied):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_image_damaged_inside_is_an_error_that_names_it(copied, workers):
     table = data.read_table(copied)
     path = table.filter("is_training_img")["path"][0]
     file = copied / "cleaned_images" / path
@@ -177,7 +178,7 @@ def test_image_damaged_inside_is_an_error_that_names_it(copied):
     file.write_bytes(content)
     split = data.open_split(copied, table, train=True)
     with pytest.raises(UserError, match="cannot be read") as error:
-        take(split, 5)
+        take(split, 5, workers=workers)
     assert path in str(error.value)
 
 
@@ -191,7 +192,16 @@ def test_metadata_errors_name_the_file_and_the_row(copied, tmp_path):
         data.read_table(copied)
     nameless = pl.when(pl.int_range(pl.len()) == 7).then(None).otherwise(pl.col("species_name"))
     table.with_columns(species_name=nameless).write_parquet(file)
-    with pytest.raises(UserError, match=r"row 7 .*species_name is empty"):
+    with pytest.raises(UserError, match=r"row 7 .*an empty species_name"):
+        data.read_table(copied)
+    pl.concat([table, table.tail(1)]).write_parquet(file)
+    with pytest.raises(UserError, match=r"row \d+ .*a path that another row has too"):
+        data.read_table(copied)
+    table.with_columns(is_training_img=pl.lit(2)).write_parquet(file)
+    with pytest.raises(UserError, match=r"row 0 .*is_training_img other than 0 and 1"):
+        data.read_table(copied)
+    table.with_columns(is_training_img=pl.lit("yes")).write_parquet(file)
+    with pytest.raises(UserError, match="a column of the wrong type"):
         data.read_table(copied)
     file.write_text("not parquet")
     with pytest.raises(UserError, match="not a readable Parquet"):

@@ -78,10 +78,28 @@ def test_the_demonstration_end_to_end(main, tmp_path):
 
 
 def test_the_cpu_becomes_several_devices(main, tmp_path):
+    """Without XLA_FLAGS, as users run it; `evaluate` takes as many as training had."""
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    short = ["--config.cpu_devices=4", "--config.epochs=1", f"--workdir={tmp_path / 'run'}"]
+    short = ["--config.cpu_devices=4", "--config.epochs=1", "--workdir=run"]
     done = main(*main.tiny, *short, env=environment)
-    assert "on 4 cpu device(s)" in done.stderr and done.returncode == 0
+    assert "on 4 cpu device(s)" in done.stderr and done.returncode == 0, done.stderr
+    trained = (tmp_path / "run" / "results.json").read_text()
+    done = main("evaluate", "--workdir=run", env=environment)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "results.json").read_text() == trained
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_it_starts_exits_with_75(main, number):
+    for wait in (0.5, 1.0, 2.0):
+        running = main(*main.tiny, "--workdir=run", "--config.epochs=2000", start_only=True, start_new_session=True)
+        time.sleep(wait)
+        os.killpg(running.pid, number)
+        time.sleep(0.02)
+        os.killpg(running.pid, number)  # the same one on another way
+        output, _ = running.communicate(timeout=120)
+        assert running.returncode == 75, output
+        assert "Traceback" not in output
 
 
 USAGE = {
@@ -94,6 +112,9 @@ USAGE = {
     "field of another group": (["--config.learning_rate=1"], "did you mean 'optimizer.learning_rate'"),
     "wrong type": (["--config.batch_size=many"], "config.batch_size"),
     "fraction for a whole number": (["--config.batch_size=1.5"], "config.batch_size"),
+    "no flags": (["prepare"], "--archive"),
+    "empty file name": (["--config="], "the configuration file '' cannot be read"),
+    "file name with a space": (["--config=my file.py"], "the configuration file 'my file.py' cannot be read"),
     "no configuration file": (["--config=nothing.py"], "nothing.py"),
 }
 
@@ -169,6 +190,7 @@ def test_mistakes_of_the_other_commands(main, tmp_path):
 
 
 def test_help_lists_the_commands(main):
+    assert main("train", "--help").returncode == 0
     done = main("help")
     assert done.returncode == 0
     assert all(command in done.stdout for command in ("train", "prepare", "evaluate", "--config", "75"))

@@ -1,18 +1,27 @@
 """Training: the same trace on any layout, exact resume, what is written, and what is refused."""
 
 import json
+import shutil
 import signal
+from fractions import Fraction
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+import polars as pl
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vit_nabirds import checkpoint, train
+from vit_nabirds.augment import Normalization, augment
+from vit_nabirds.config import Duration
 from vit_nabirds.errors import UserError
-from vit_nabirds.evaluate import evaluate_run
+from vit_nabirds.evaluate import evaluate_run, make_eval_step
 from vit_nabirds.monitor import read_evaluations, read_metrics
-from vit_nabirds.train import FINISHED, STOPPED
+from vit_nabirds.train import FINISHED, step_keys
+
+STOPPED = 75
 
 
 def losses(workdir):
@@ -104,11 +113,62 @@ def test_a_stopped_and_resumed_run_is_bit_equal(undisturbed, tiny_config, tmp_pa
         stop_after(patch, step)
         assert train.train(tiny_config, tmp_path) == STOPPED
     assert max(losses(tmp_path)) == step and not (tmp_path / "results.json").exists()
+    tiny_config.checkpoint.every = "10 minutes"  # what changes no number may change
     assert train.train(tiny_config, tmp_path) == FINISHED
     assert losses(tmp_path) == losses(undisturbed)
     assert read_evaluations(tmp_path / "metrics.jsonl") == read_evaluations(undisturbed / "metrics.jsonl")
     for ours, theirs in zip(*(jax.tree.leaves(params_of(run, 20)) for run in (tmp_path, undisturbed)), strict=True):
         assert np.array_equal(ours, theirs)
+
+
+def test_the_best_checkpoint_outlives_a_resume(tiny_config, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        train.train(tiny_config, tmp_path)
+    file = tmp_path / "metrics.jsonl"
+    lines = [line | {"test/accuracy": 1.0} if "test/accuracy" in line else line for line in read_metrics(file)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert train.train(tiny_config, tmp_path) == FINISHED
+    assert checkpoint.Checkpoints(tmp_path / "checkpoints", read_only=True).steps == [5, 15, 20]
+
+
+def test_pretrained_weights_and_their_normalisation_are_used(tiny_config, hf_folder, tmp_path):
+    tiny_config.model.pretrained = str(hf_folder)
+    for field in ("image_size", "patch_size", "hidden_size", "num_layers", "num_heads", "mlp_dim"):
+        tiny_config.model[field] = None
+    tiny_config.optimizer.learning_rate = 1e-30
+    tiny_config.optimizer.weight_decay = 0.0
+    tiny_config.epochs = 1.0
+    assert train.train(tiny_config, tmp_path / "run") == FINISHED
+    about = checkpoint.newest(tmp_path / "run" / "checkpoints")[1]
+    assert about.normalization.mean == (0.1, 0.2, 0.3) and about.config["model"]["hidden_size"] == 16
+    backbone, loaded = train.weights.load_backbone(hf_folder, about.architecture), params_of(tmp_path / "run", 5)
+    assert set(loaded) - set(backbone) == {"classifier/kernel", "classifier/bias"}
+    assert all(np.array_equal(loaded[path], backbone[path]) for path in backbone)
+
+
+def test_both_steps_normalise_as_the_checkpoint_says(undisturbed):
+    """Against the same written out: a head that is not zero, and a mean and std that are not the default."""
+    about, params = checkpoint.newest(undisturbed / "checkpoints")[1], params_of(undisturbed, 20)
+    graphdef, _ = train.model.describe(about.architecture, 4)
+    other = Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    draw = np.random.default_rng(0)
+    batch = {"image": draw.integers(0, 256, (4, 20, 20, 3), np.uint8), "label": np.arange(4, dtype=np.int32)}
+
+    def loss_of(pixels):
+        logits = train.model.apply(graphdef, params, (pixels - np.array(other.mean)) / np.array(other.std))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+
+    tx = optax.sgd(0.0)
+    step = train.make_train_step(graphdef, tx, lambda step: 0.0, list(params), other, crop=16, seed=3)
+    state = {"step": jnp.int32(5), "params": jax.tree.map(jnp.array, params), "opt_state": tx.init(params)}
+    measured = step(state, batch)[1]["train/loss"]
+    assert float(measured) == pytest.approx(float(loss_of(augment(batch["image"], step_keys(3, 5)[0], 16))), rel=1e-5)
+
+    batch["image"] = batch["image"][:, :16, :16]
+    zeros = {"loss": 0.0, "top1": jnp.zeros(4), "top5": 0.0, "examples": jnp.zeros(4)}
+    totals = make_eval_step(graphdef, other)(params, zeros, batch | {"mask": np.ones(4, np.float32)})
+    assert float(totals["loss"]) / 4 == pytest.approx(float(loss_of(batch["image"] / np.float32(255))), rel=1e-5)
 
 
 def test_a_crash_loses_only_what_was_not_saved(undisturbed, tiny_config, tmp_path, monkeypatch):
@@ -136,8 +196,6 @@ def test_a_crash_loses_only_what_was_not_saved(undisturbed, tiny_config, tmp_pat
 
 
 def test_evaluate_gives_the_numbers_of_training(undisturbed, tmp_path):
-    import shutil
-
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
     evaluations = read_evaluations(run / "metrics.jsonl")
@@ -195,10 +253,25 @@ def test_sgd_linear_decay_bfloat16_and_dropout_run(tiny_config, tmp_path):
     assert all(np.isfinite(loss) for loss in losses(tmp_path).values())
 
 
+def test_a_period_by_the_clock(tiny_config):
+    tiny_config.checkpoint.every = "10 minutes"
+    period = Duration.parse(tiny_config, "checkpoint.every")
+    assert not period.is_over(3, Fraction(5), seconds=599) and period.is_over(3, Fraction(5), seconds=600)
+
+
 def test_a_finished_run_stays_as_it_is(undisturbed, tiny_config):
     before = (undisturbed / "metrics.jsonl").read_text()
     assert train.train(tiny_config, undisturbed) == FINISHED
     assert (undisturbed / "metrics.jsonl").read_text() == before
+
+
+def test_parameters_that_overflow_are_not_saved(tiny_config, tmp_path):
+    """Their loss is still a number: it shows at the next step."""
+    tiny_config.optimizer.name, tiny_config.optimizer.learning_rate = "sgd", 3e38
+    tiny_config.optimizer.warmup, tiny_config.checkpoint.every = "0 steps", "1 step"
+    with pytest.raises(UserError, match="after step 1 are not finite"):
+        train.train(tiny_config, tmp_path)
+    assert checkpoint.newest(tmp_path / "checkpoints") is None
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(tiny_config, tmp_path):
@@ -220,6 +293,11 @@ def change(field, value):
     return to
 
 
+def birds_without_size(config):
+    config.data.synthetic = True
+    config.model.image_size = None
+
+
 REFUSED = {
     "batch size": (change("batch_size", 7), "batch_size is 7, which 2 devices cannot share"),
     "no data": (change("data.root", ""), "config.data.root is empty"),
@@ -238,6 +316,10 @@ REFUSED = {
         "'5 minutes': write it like '500 steps' or '1 ep",
     ),
     "trainable": (change("trainable", "clasifier"), "matches no parameter path"),
+    "empty trainable": (change("trainable", ""), "config.trainable is ''"),
+    "warm-up": (change("optimizer.warmup", "soon"), "optimizer.warmup is 'soon'"),
+    "too many workers": (change("data.workers", 100_000), "data.workers is 100000"),
+    "shape of the drawn birds": (birds_without_size, "model.image_size is None"),
     "regular expression": (change("trainable", "("), "not a regular expression"),
     "checkpoint": (change("model.pretrained", "/nowhere"), "no folder '/nowhere'"),
 }
@@ -266,3 +348,39 @@ def test_another_run_in_the_same_workdir_is_refused(undisturbed, tiny_config, tm
         train.train(tiny_config, undisturbed)
     with pytest.raises(UserError, match="trained on 4 species"):
         evaluate_run(undisturbed, root=str(tmp_path / "prepared"))
+
+
+def test_other_records_of_the_same_species(undisturbed, tiny_config, prepared, tmp_path, caplog):
+    fewer = tmp_path / "fewer"
+    shutil.copytree(prepared, fewer)
+    table = pl.read_parquet(fewer / "metadata.parquet")
+    table.head(-2).write_parquet(fewer / "metadata.parquet")
+    tiny_config.data.root = str(fewer)
+    with pytest.raises(UserError, match="a run on other records"):
+        train.train(tiny_config, undisturbed)
+    before = (undisturbed / "results.json").read_text()
+    assert evaluate_run(undisturbed, root=str(fewer)) == 0  # to score another test set is no mistake
+    assert (undisturbed / "results.json").read_text() == before
+
+
+def test_damage_in_a_workdir_is_told(undisturbed, tiny_config, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    (run / "checkpoints" / "20" / "params" / "_METADATA").write_text("{")
+    with pytest.raises(UserError, match="checkpoints/20 is damaged: delete that folder"):
+        train.train(tiny_config, run)
+    shutil.rmtree(run / "checkpoints" / "20")
+    assert train.train(tiny_config, run) == FINISHED and losses(run) == losses(undisturbed)
+    (run / "checkpoints" / "20" / "_CHECKPOINT_METADATA").write_text("{}")
+    with pytest.raises(UserError, match="checkpoints/20 is damaged"):
+        evaluate_run(run, 20)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("half a li\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl, line \d+ is not JSON"):
+        evaluate_run(run)
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UserError, match="results of a run whose checkpoints are gone"):
+        train.train(tiny_config, run)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        train.train(tiny_config, tmp_path / "file")

@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from checkpoints import TINY, randomized
 from conftest import SHARED
 from flax import nnx
 from safetensors.flax import load_file, save_file
@@ -25,16 +26,6 @@ def logits(architecture, params, images):
 
 def images_of(size, count=2):
     return np.random.default_rng(0).normal(size=(count, size, size, 3)).astype(np.float32)
-
-
-def randomized(config) -> FlaxViTForImageClassification:
-    """Every tensor random, so that an exchange of two biases, which start at zero, would show."""
-    reference = FlaxViTForImageClassification(config, _do_init=False)
-    shapes = jax.eval_shape(lambda: reference.init_weights(jax.random.key(0), reference.input_shape))
-    draw = np.random.default_rng(2)
-    reference._is_initialized = True  # drawn here instead, for op by op it takes half a minute
-    reference.params = jax.tree.map(lambda x: draw.normal(0, 0.05, x.shape).astype(np.float32), shapes)
-    return reference
 
 
 def reference_logits(reference, images):
@@ -72,36 +63,14 @@ def test_real_checkpoint_gives_the_logits_of_hugging_face():
     np.testing.assert_allclose(logits(architecture, params, images), expected, atol=1e-4)
 
 
-TINY = ViTConfig(
-    hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8,
-    num_labels=9,
-)  # fmt: skip
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A checkpoint folder in PyTorch's naming, as the Hub holds them."""
-    reference = randomized(TINY)
-    tensors = {}
-    for path, value in jax.tree_util.tree_leaves_with_path(reference.params):
-        name = ".".join(key.key for key in path)
-        if name.endswith("kernel"):
-            name, value = name[:-6] + "weight", value.transpose((3, 2, 0, 1) if value.ndim == 4 else (1, 0))
-        tensors[name.replace(".scale", ".weight")] = np.ascontiguousarray(value)
-    reference.config.to_json_file(tmp_path / "config.json", use_diff=False)
-    save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}')
-    return tmp_path
-
-
 def load(folder):
     folder = weights.find_checkpoint(str(folder))
     architecture, normalization = weights.read_architecture(folder)
     return architecture, normalization, weights.load_backbone(folder, architecture)
 
 
-def test_folder_and_memory_give_the_same_parameters(folder):
-    architecture, normalization, backbone = load(folder)
+def test_folder_and_memory_give_the_same_parameters(hf_folder):
+    architecture, normalization, backbone = load(hf_folder)
     _, params = weights.from_flax_vit(randomized(TINY))
     assert normalization.mean == (0.1, 0.2, 0.3)
     assert set(params) - set(backbone) == {"classifier/kernel", "classifier/bias"}
@@ -110,9 +79,9 @@ def test_folder_and_memory_give_the_same_parameters(folder):
         np.testing.assert_array_equal(value, params[path])
 
 
-def test_layer_norm_eps_and_exact_gelu_come_from_the_checkpoint(folder):
-    edit(folder, layer_norm_eps=0.5)
-    architecture, *_ = load(folder)
+def test_layer_norm_eps_and_exact_gelu_come_from_the_checkpoint(hf_folder):
+    edit(hf_folder, layer_norm_eps=0.5)
+    architecture, *_ = load(hf_folder)
     assert architecture["layer_norm_eps"] == 0.5
     block = nnx.eval_shape(lambda: model.VisionTransformer(**architecture, rngs=nnx.Rngs(0))).encoder.layers[0]
     assert block.norm1.epsilon == 0.5
@@ -147,11 +116,11 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_checkpoint_that_does_not_fit_is_an_error(folder, case):
+def test_checkpoint_that_does_not_fit_is_an_error(hf_folder, case):
     break_it, message = BROKEN[case]
-    break_it(folder)
+    break_it(hf_folder)
     with pytest.raises(UserError, match=message):
-        load(folder)
+        load(hf_folder)
 
 
 def test_checkpoint_that_is_not_there_is_an_error(monkeypatch):

@@ -1,1 +1,1 @@
-"""Fine-tune Vision Transformers on photographs of birds, on every device of every host."""
+"""Fine-tune Vision Transformers on photographs of birds, on every device you have."""

@@ -64,7 +64,10 @@ class Checkpoints:
         self._orbax.save_checkpointables_async(step, parts, custom_metadata=about.to_json())
 
     def about(self, step: int) -> About:
-        return About.from_json(self._orbax.checkpointables_metadata(step).custom_metadata)
+        try:
+            return About.from_json(self._orbax.checkpointables_metadata(step).custom_metadata)
+        except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+            raise self._damaged(step) from error
 
     def restore(self, step: int, like: dict) -> dict:
         """The state of a step, or its `params` alone, as the tree `like` of ShapeDtypeStruct with shardings says."""
@@ -73,11 +76,12 @@ class Checkpoints:
         try:
             loaded = self._orbax.load_checkpointables(step, parts)
         except (ValueError, KeyError, OSError) as error:
-            raise UserError(
-                f"{self._orbax.directory / str(step)} cannot be restored ({str(error).splitlines()[0]}): "
-                "delete that folder to go on from the checkpoint before it."
-            ) from error
+            raise self._damaged(step) from error
         return {"params": loaded["params"], **loaded.get("training", {})}
+
+    def _damaged(self, step: int) -> UserError:
+        folder = self._orbax.directory / str(step)
+        return UserError(f"{folder} is damaged: delete that folder to go on from the checkpoint before it.")
 
     def close(self) -> None:
         """Wait until what is being written is complete."""

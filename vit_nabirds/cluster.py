@@ -2,11 +2,15 @@
 
 import os
 import signal
+import time
+from collections.abc import Iterator
 from typing import Self
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request with everything saved; run the same command again to go on
 
 
 def split_cpu(devices: int) -> None:
@@ -43,7 +47,8 @@ def is_writer() -> bool:
 class StopRequest:
     """SIGTERM or Ctrl-C while it is entered: `requested` says so, and the work ends at the next safe point.
 
-    A second signal ends the process at once; the last complete checkpoint stays as it is.
+    A signal more than a second later (sooner, it is the first one on another way) ends the process at once; the last
+    complete checkpoint stays as it is.
     """
 
     def __init__(self) -> None:
@@ -57,8 +62,18 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _handle(self, number: int, _frame) -> None:
-        if self.requested:
-            os._exit(128 + number)
-        self.requested = True
-        os.write(2, b"stopping: the step is finished and saved; a second signal stops at once\n")
+    def _handle(self, _number: int, _frame) -> None:
+        if not self.requested:
+            self.requested, self._since = True, time.monotonic()
+            os.write(2, b"stopping at the next safe point; a second signal stops at once\n")
+        elif time.monotonic() - self._since > 1:
+            os._exit(1)
+
+    def next_or_none(self, batches: Iterator[dict]) -> dict | None:
+        """The next batch; None at the end, or when a stop is requested."""
+        try:
+            return None if self.requested else next(batches, None)
+        except Exception:
+            if self.requested:  # a loader process was still starting, not yet deaf to the signal, and died of it
+                return None
+            raise

@@ -5,10 +5,12 @@ import difflib
 import math
 import re
 from fractions import Fraction
+from pathlib import Path
 
 import ml_collections
 from ml_collections import config_dict
 
+from vit_nabirds.cpus import cpu_share
 from vit_nabirds.errors import UserError
 
 
@@ -59,7 +61,7 @@ def default() -> ml_collections.ConfigDict:
 
 SHAPE = ("image_size", "patch_size", "hidden_size", "num_layers", "num_heads", "mlp_dim")  # fields of config.model
 
-# What may differ between the runs of one workdir, for it changes no number of the training.
+# What may differ between the runs of one workdir; of these, cpu_devices alone changes the losses, by rounding.
 FREE_ON_RESUME = re.compile(r"data\..*|cpu_devices|checkpoint\..*|evaluate\..*|log_every|model\.pretrained")
 
 
@@ -87,7 +89,13 @@ def check(config: ml_collections.ConfigDict) -> None:
     for field in ("optimizer.weight_decay", "optimizer.clip_norm"):
         require(field, 0 <= _get(config, field) < math.inf, "0 or more")
     require("seed", 0 <= config.seed < 2**32, "between 0 and 2^32 - 1")
-    require("data.workers", config.data.workers >= -1, "-1 (automatic), 0 (threads) or a number of processes")
+    require("trainable", bool(config.trainable), "a regular expression, '.*' for all parameters")
+    most = 4 * cpu_share()
+    require(
+        "data.workers", -1 <= config.data.workers <= most, f"-1 (automatic), 0 (threads) or at most {most} processes"
+    )
+    if config.data.synthetic:
+        require("model.image_size", config.model.image_size is not None, "set, for the birds are drawn for it")
     for field in ("model.dropout_rate", "optimizer.momentum"):
         require(field, 0 <= _get(config, field) < 1, "at least 0 and less than 1")
     for field, values in {
@@ -106,14 +114,16 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 def explain(error: Exception, argv: list[str]) -> str:
     """One line for what Python or ml_collections says of the configuration that a command line asks for."""
-    arguments = " ".join(argv)
-    file = re.search(r"--?config[= ](\S+)", arguments)[1]
+    named = [i for i, argument in enumerate(argv) if re.match("--?config(=|$)", argument)][0]
+    file = argv[named].partition("=")[2] or "".join(argv[named + 1 : named + 2])
     if isinstance(error, OSError):
-        return f"the configuration file {file} cannot be read: give the path of one, like configs/birds60.py"
-    message = str(error).replace("\\n", "\n").replace("\\'", "'").strip("'\"\n")
-    unknown = re.match(r"Key \"(\w+)\" does not exist", message) or re.match(r"(\w+)('|$)", message)
+        return f"the configuration file {file!r} cannot be read: give the path of one, like configs/birds60.py"
+    while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps them
+        error = error.args[0]
+    message = str(error.args[0] if error.args else error).strip()
+    unknown = re.match(r"Key \"(\w+)\" does not exist", message) or re.match(r"'?(\w+)'?(\nDid you mean|$)", message)
     if unknown and isinstance(error, KeyError | AttributeError):
-        given = re.search(rf"--config\.((\w+\.)*{unknown[1]})\b", arguments)
+        given = re.search(rf"--config\.((\w+\.)*{unknown[1]})\b", " ".join(argv))
         name = given[1] if given else unknown[1]
 
         def likeness(field: str) -> float:
@@ -121,7 +131,9 @@ def explain(error: Exception, argv: list[str]) -> str:
 
         nearest = max(_flat(default().to_dict()), key=likeness)
         return f"{given[0] if given else file}: there is no field {name!r}; did you mean {nearest!r}?"
-    return f"{file}: {message.splitlines()[-1].strip()}"
+    if "Traceback" in message:
+        message = message.splitlines()[-1]
+    return f"{file}: {type(error).__name__}: {' '.join(message.split())}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +173,7 @@ def is_due(step: int, period: Fraction) -> bool:
 def resolve(config: ml_collections.ConfigDict, architecture: dict) -> ml_collections.ConfigDict:
     """The configuration with the model's shape filled in; UserError when it asks for another one."""
     config = config.copy_and_resolve_references()
+    config.data.root = str(Path(config.data.root).resolve())
     for field in SHAPE:
         value = architecture["img_size" if field == "image_size" else field]
         if config.model[field] not in (None, value):

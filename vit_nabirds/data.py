@@ -26,8 +26,8 @@ def read_table(root: Path) -> pl.DataFrame:
     file = root / "metadata.parquet"
     if not file.is_file():
         raise UserError(
-            f"{file} is missing: config.data.root must be a folder that `main.py prepare --archive=DIR --out={root}` "
-            "has finished."
+            f"{file} is missing: give a folder that `main.py prepare` has finished as --config.data.root (to "
+            "`evaluate`, as --data_root)."
         )
     try:
         table = pl.read_parquet(file)
@@ -37,11 +37,25 @@ def read_table(root: Path) -> pl.DataFrame:
         raise UserError(
             f"{file} has no column {missing[0]!r} (its columns: {', '.join(table.columns)}): prepare again."
         )
-    for name in COLUMNS:
-        empty = table.with_row_index("row").filter(pl.col(name).is_null())
-        if not empty.is_empty():
-            row, path = empty.row(0, named=True)["row"], empty["path"][0]
-            raise UserError(f"{file}, row {row} ({path}): {name} is empty: put it right, or prepare again.")
+    try:
+        table = table.with_columns(
+            *(pl.col(name).cast(pl.String).str.strip_chars() for name in ("path", "photographer", "species_name")),
+            pl.col("is_training_img").cast(pl.Int8),
+        )
+    except pl.exceptions.PolarsError as error:
+        raise UserError(f"{file} has a column of the wrong type ({error}): prepare the folder again.") from None
+    for what, wrong in {
+        "an empty path": pl.col("path").fill_null("") == "",
+        "an empty species_name": pl.col("species_name").fill_null("") == "",
+        "an empty photographer": pl.col("photographer").fill_null("") == "",
+        "is_training_img other than 0 and 1": ~pl.col("is_training_img").is_in([0, 1]).fill_null(False),
+        "a path that another row has too": pl.col("path").is_duplicated(),
+    }.items():
+        bad = table.with_row_index("row").filter(wrong)
+        if not bad.is_empty():
+            raise UserError(
+                f"{file}, row {bad['row'][0]} ({bad['path'][0]}) has {what}: put it right, or prepare again."
+            )
     return with_species_ids(table)
 
 
@@ -199,14 +213,13 @@ def _size(file: Path) -> tuple[int, int] | str:
     """(height, width) from the file's head, or what is wrong with it."""
     try:
         with open(file, "rb") as opened:
-            head = opened.read(2)
-            if head != b"\xff\xd8":
+            head = opened.read(4096)  # a prepared image says its size in the first kilobyte
+            if head[:2] != b"\xff\xd8":
                 return iio.improps(file).shape[:2]
             opened.seek(-2, 2)
             if opened.read() != b"\xff\xd9":
                 return "is a truncated JPEG"
-            opened.seek(0)
-            return simplejpeg.decode_jpeg_header(opened.read())[:2]
+            return simplejpeg.decode_jpeg_header(head)[:2]
     except FileNotFoundError:
         return "is missing"
     except (OSError, ValueError) as error:

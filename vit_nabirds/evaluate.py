@@ -1,6 +1,7 @@
 """Exact evaluation: every test image is scored once, and sums are taken on the devices."""
 
 import contextlib
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -55,17 +56,21 @@ def evaluate(
     zero, zeros = np.zeros((), np.float32), np.zeros(num_classes, np.float32)
     totals = jax.device_put({"loss": zero, "top1": zeros, "top5": zero, "examples": zeros}, cluster.replicated(mesh))
     with contextlib.closing(data.test_batches(photographs, batch_size, workers, shard)) as batches:
-        for batch in batches:
-            if stop.requested:
-                return None
+        while batch := stop.next_or_none(batches):
             del batch["row"]
             batch = cluster.to_devices(batch, mesh)
             jax.block_until_ready(totals)  # or the host would run ahead and hold the whole split on the devices
             totals = eval_step(params, totals, batch)
+    if stop.requested:
+        return None
     totals = jax.device_get(totals)
     examples = totals["examples"]
     if examples.sum() != len(photographs):
         raise RuntimeError(f"scored {examples.sum():.0f} of {len(photographs)} test images")
+    if not np.isfinite(totals["loss"]):
+        raise UserError(
+            "the loss on the test images is not a number: the parameters have diverged; lower the learning rate."
+        )
     seen = examples > 0
     return {
         "test/loss": float(totals["loss"] / examples.sum()),
@@ -83,8 +88,12 @@ def write_results(file: Path, step: int, metrics: dict[str, float]) -> None:
 
 def evaluate_run(workdir: Path, step: int | None = None, root: str | None = None) -> int:
     """Score a checkpoint of a run (by default its best) and write results.json."""
-    if not (workdir / "checkpoints").is_dir():
-        raise UserError(f"{workdir} holds no run (no folder 'checkpoints'): give the --workdir of a training.")
+    if not (workdir / "checkpoints").is_dir() or not (workdir / "config.json").is_file():
+        raise UserError(
+            f"{workdir} holds no run (no 'checkpoints', no 'config.json'): give the --workdir of a training."
+        )
+    cluster.split_cpu(json.loads((workdir / "config.json").read_text())["cpu_devices"])  # before Orbax asks for devices
+    mesh = cluster.make_mesh()
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", read_only=True)
     steps = checkpoints.steps
     if not steps:
@@ -95,9 +104,6 @@ def evaluate_run(workdir: Path, step: int | None = None, root: str | None = None
         raise UserError(f"{workdir} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}.")
     about = checkpoints.about(step)
     config, num_classes = about.config, len(about.species)
-    cluster.split_cpu(config["cpu_devices"])
-    mesh = cluster.make_mesh()
-
     root = Path(root or config["data"]["root"])
     table = data.read_table(root)
     if data.species_names(table) != about.species:
@@ -119,8 +125,10 @@ def evaluate_run(workdir: Path, step: int | None = None, root: str | None = None
             eval_step, params, photographs, num_classes, config["batch_size"], config["data"]["workers"], mesh, stop
         )
     if metrics is None:
-        return 75
+        return cluster.EXIT_STOPPED
     log.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-    if cluster.is_writer():
+    if data.fingerprint(table) != about.fingerprint:
+        log.warning("%s has other records than the training had: results.json is left as it is", root)
+    elif cluster.is_writer():
         write_results(workdir / "results.json", step, metrics)
     return 0

@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from vit_nabirds.errors import UserError
+
 log = logging.getLogger("vit_nabirds")
 
 
@@ -101,7 +103,14 @@ class Throughput:
 def read_metrics(file: Path) -> list[dict]:
     """The lines of metrics.jsonl; a last line that was cut short by a crash is left out."""
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    values = []
+    for number, line in enumerate(lines, start=1):
+        if line.endswith("\n"):
+            try:
+                values.append(json.loads(line))
+            except ValueError:
+                raise UserError(f"{file}, line {number} is not JSON: delete that line.") from None
+    return values
 
 
 def read_evaluations(file: Path) -> dict[int, dict]:

@@ -33,7 +33,11 @@ METRICS = ("train/loss", "train/accuracy", "train/learning_rate", "train/gradien
 REAL_BIRDS = """
   real birds:      python main.py prepare --archive=NABIRDS_FOLDER --out=data/nabirds
                    python main.py --config=configs/nabirds_vit_b16.py --workdir=runs/nabirds_vit_b16"""
-FINISHED, STOPPED = 0, 75  # 75 is EX_TEMPFAIL: run the same command again to go on
+FINISHED = 0
+REMEDY = (
+    "lower config.optimizer.learning_rate, lengthen config.optimizer.warmup or set config.optimizer.clip_norm=1, and "
+    "start in a new --workdir."
+)
 
 
 def step_keys(seed: int, step: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -104,6 +108,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         total_steps = math.ceil(Fraction(str(config.epochs)) * steps_per_epoch)
 
         # Model and optimizer
+        check_workdir(workdir)
         start, about = checkpoint.newest(workdir / "checkpoints") or (0, None)
         if resumed := about is not None:
             architecture, normalization, backbone = about.architecture, about.normalization, {}
@@ -134,9 +139,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         else:
             state = jax.jit(initial_state, out_shardings=cluster.replicated(mesh))(backbone)
         del backbone
+        monitor = stack.enter_context(contextlib.closing(Monitor(workdir, start, total_steps, cluster.is_writer())))
         if cluster.is_writer():
             checkpoint.write_json(workdir / "config.json", about.config)
-        monitor = stack.enter_context(contextlib.closing(Monitor(workdir, start, total_steps, cluster.is_writer())))
         monitor.text("config", f"```\n{json.dumps(about.config, indent=2)}\n```")
         evaluations = read_evaluations(workdir / "metrics.jsonl")
         checkpoints.best_step = checkpoint.best_step(evaluations, checkpoints.steps)
@@ -154,15 +159,19 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         evaluate_every = config_lib.Duration.parse(config, "evaluate.every").in_steps(steps_per_epoch)
         save_every = config_lib.Duration.parse(config, "checkpoint.every")
         shard = grain.sharding.ShardByJaxProcess(drop_remainder=True)
-        workers = data.worker_count(config.data.workers)
-        host_batches = data.train_batches(train_split, config.batch_size, config.seed, start, workers, shard)
+        host_batches = data.train_batches(
+            train_split, config.batch_size, config.seed, start, config.data.workers, shard
+        )
         stack.callback(host_batches.close)
         throughput = Throughput(config.batch_size)
         unreported = collections.deque()
+        parameter_norm = jax.jit(optax.tree.norm)
 
-        def next_batch() -> dict[str, jax.Array]:
+        def next_batch() -> dict[str, jax.Array] | None:
             with throughput.waiting():
-                batch = next(host_batches)
+                batch = stop.next_or_none(host_batches)
+            if batch is None:
+                return None
             rows = batch.pop("row")
             if step == start:
                 shown = jax.jit(augment, static_argnums=2)(
@@ -177,10 +186,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
             while len(unreported) > keep:
                 step, metrics = unreported.popleft()
                 if not math.isfinite(loss := float(metrics["train/loss"])):
-                    raise UserError(
-                        f"the loss of step {step} is {loss}: lower config.optimizer.learning_rate, lengthen "
-                        "config.optimizer.warmup or set config.optimizer.clip_norm=1, and start in a new --workdir."
-                    )
+                    raise UserError(f"the loss of step {step} is {loss}: {REMEDY}")
                 if step in (1, total_steps) or step % config.log_every == 0:
                     monitor.scalars(step, {name: float(metrics[name]) for name in METRICS} | throughput.read(step))
                 monitor.progress(step)
@@ -190,13 +196,27 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
 
         def run_evaluation() -> None:
             metrics = evaluate(
-                eval_step, state["params"], test_split, len(species), config.batch_size, workers, mesh, stop
+                eval_step,
+                state["params"],
+                test_split,
+                len(species),
+                config.batch_size,
+                config.data.workers,
+                mesh,
+                stop,
             )
             if metrics:
                 monitor.scalars(step, metrics)
                 evaluations[step] = metrics
                 checkpoints.best_step = checkpoint.best_step(evaluations, [*checkpoints.steps, step])
             throughput.restart(step)
+
+        def save() -> float:
+            report(keep=0)
+            if not math.isfinite(parameter_norm(state["params"])):
+                raise UserError(f"the parameters after step {step} are not finite: {REMEDY}")
+            checkpoints.save(step, state, about)
+            return time.monotonic()
 
         step, saved, saved_at = start, start if resumed else None, time.monotonic()
         if is_evaluated(start) and start not in evaluations:  # it was stopped between its checkpoint and its evaluation
@@ -214,18 +234,16 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
                 report(keep=0)  # compilation is over
                 throughput.restart(step)
             if is_evaluated(step) or save_every.is_over(step, steps_per_epoch, time.monotonic() - saved_at):
-                report(keep=0)  # a loss that is no number is never saved
-                checkpoints.save(step, state, about)
-                saved, saved_at = step, time.monotonic()
+                saved, saved_at = step, save()
                 if is_evaluated(step):
                     run_evaluation()
         report(keep=0)
         if saved != step:
-            checkpoints.save(step, state, about)
+            save()
 
     if step not in evaluations or step < total_steps:
         log.info("stopped at step %d of %d, all saved: run the same command again to go on", step, total_steps)
-        return STOPPED
+        return cluster.EXIT_STOPPED
     if cluster.is_writer():
         write_results(workdir / "results.json", step, evaluations[step])
     log.info(
@@ -244,6 +262,15 @@ def prepare_synthetic(root: Path, image_size: int) -> None:
         log.info("drawing photographs of birds into %s", root)
         draw_archive(root / "archive", species=8, train=80, test=30)
         prepare(root / "archive", root, train_size=round(1.2 * image_size), test_size=image_size)
+
+
+def check_workdir(workdir: Path) -> None:
+    """Raise UserError when a run cannot start or go on there."""
+    for folder in (workdir, workdir / "checkpoints"):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file, where a run needs a folder: use another --workdir.")
+    if (workdir / "results.json").exists() and not checkpoint.newest(workdir / "checkpoints"):
+        raise UserError(f"{workdir} holds the results of a run whose checkpoints are gone: use another --workdir.")
 
 
 def check_same_run(
