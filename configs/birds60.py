@@ -6,15 +6,17 @@ Weights: a `ViTForImageClassification` folder (hidden 384, 12 layers, 6 heads, p
 The whole network on the first ten species (300 train and 261 test photographs):
     python main.py --config=configs/birds60.py --workdir=runs/birds10 \\
         --config.data.root=data/birds10 --config.model.pretrained=vit-small-patch14-224
-    FT10
+    96.2 % (251 of 261) after 6 epochs; after each: 68.2, 93.1, 96.2, 91.6, 95.4, 96.2 %
 
 The head alone on all sixty, and on the first ten:
     python main.py --config=configs/birds60.py --workdir=runs/birds60-head --config.trainable=classifier \\
-        --config.epochs=8 --config.evaluate.every="8 epochs" --config.model.pretrained=vit-small-patch14-224
+        --config.optimizer.learning_rate=0.01 --config.optimizer.head_multiplier=1 --config.evaluate.every="6 epochs" \\
+        --config.model.pretrained=vit-small-patch14-224
     HEAD60
     python main.py --config=configs/birds60.py --workdir=runs/birds10-head --config.trainable=classifier \\
-        --config.epochs=10 --config.evaluate.every="10 epochs" \\
-        --config.data.root=data/birds10 --config.model.pretrained=vit-small-patch14-224
+        --config.optimizer.learning_rate=0.01 --config.optimizer.head_multiplier=1 --config.epochs=10 \\
+        --config.evaluate.every="10 epochs" --config.data.root=data/birds10 \\
+        --config.model.pretrained=vit-small-patch14-224
     HEAD10
 
 All on two CPU cores, one seed; a logistic regression on the frozen CLS features scores 85.2 % and 94.6 %.

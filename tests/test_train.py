@@ -378,6 +378,9 @@ def test_damage_in_a_workdir_is_told(undisturbed, tiny_config, tmp_path):
         file.write("half a li\n")
     with pytest.raises(UserError, match=r"metrics.jsonl, line \d+ is not JSON"):
         evaluate_run(run)
+    (run / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json is damaged"):
+        evaluate_run(run)
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(UserError, match="results of a run whose checkpoints are gone"):
         train.train(tiny_config, run)

@@ -56,7 +56,7 @@ def read_table(root: Path) -> pl.DataFrame:
             raise UserError(
                 f"{file}, row {bad['row'][0]} ({bad['path'][0]}) has {what}: put it right, or prepare again."
             )
-    return with_species_ids(table)
+    return with_species_ids(table.with_columns(pl.col("is_training_img").cast(pl.Boolean)))
 
 
 def species_names(table: pl.DataFrame) -> list[str]:
@@ -99,7 +99,7 @@ class Photographs:
 
 def open_split(root: Path, table: pl.DataFrame, train: bool) -> Photographs:
     """The train or test photographs, after a look at the head and tail of every file."""
-    split = table.with_row_index("row").filter(pl.col("is_training_img").cast(pl.Boolean) == train)
+    split = table.with_row_index("row").filter(pl.col("is_training_img") == train)
     if split.is_empty():
         raise UserError(f"{root / 'metadata.parquet'} has no {'training' if train else 'test'} images.")
     folder, paths = root / "cleaned_images", split["path"].to_list()

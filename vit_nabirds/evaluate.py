@@ -92,7 +92,13 @@ def evaluate_run(workdir: Path, step: int | None = None, root: str | None = None
         raise UserError(
             f"{workdir} holds no run (no 'checkpoints', no 'config.json'): give the --workdir of a training."
         )
-    cluster.split_cpu(json.loads((workdir / "config.json").read_text())["cpu_devices"])  # before Orbax asks for devices
+    try:
+        cpu_devices = json.loads((workdir / "config.json").read_text())["cpu_devices"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{workdir / 'config.json'} is damaged: run the training's command again to write it anew."
+        ) from None
+    cluster.split_cpu(cpu_devices)  # before Orbax asks for devices
     mesh = cluster.make_mesh()
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", read_only=True)
     steps = checkpoints.steps
