@@ -1,4 +1,4 @@
-"""Augmentation: the seed's operations, another draw for each record and step, the same on any layout."""
+"""Augmentation: the course's operations, another draw for each record and step, the same on any layout."""
 
 import jax
 import jax.numpy as jnp
