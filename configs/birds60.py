@@ -12,12 +12,12 @@ The head alone on all sixty, and on the first ten:
     python main.py --config=configs/birds60.py --workdir=runs/birds60-head --config.trainable=classifier \\
         --config.optimizer.learning_rate=0.01 --config.optimizer.head_multiplier=1 --config.evaluate.every="6 epochs" \\
         --config.model.pretrained=vit-small-patch14-224
-    HEAD60
+    82.7 % after 6 epochs (too noisy a rate for sixty species: 84 % is within reach of these features)
     python main.py --config=configs/birds60.py --workdir=runs/birds10-head --config.trainable=classifier \\
         --config.optimizer.learning_rate=0.01 --config.optimizer.head_multiplier=1 --config.epochs=10 \\
         --config.evaluate.every="10 epochs" --config.data.root=data/birds10 \\
         --config.model.pretrained=vit-small-patch14-224
-    HEAD10
+    not measured yet
 
 All on two CPU cores, one seed; a logistic regression on the frozen CLS features scores 85.2 % and 94.6 %.
 """
