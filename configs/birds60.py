@@ -17,7 +17,7 @@ The head alone on all sixty, and on the first ten:
         --config.optimizer.learning_rate=0.01 --config.optimizer.head_multiplier=1 --config.epochs=10 \\
         --config.evaluate.every="10 epochs" --config.data.root=data/birds10 \\
         --config.model.pretrained=vit-small-patch14-224
-    not measured yet
+    95.0 % (248 of 261) after 10 epochs
 
 All on two CPU cores, one seed; a logistic regression on the frozen CLS features scores 85.2 % and 94.6 %.
 """
