@@ -108,9 +108,10 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         total_steps = math.ceil(Fraction(str(config.epochs)) * steps_per_epoch)
 
         # Model and optimizer
-        check_workdir(workdir)
         start, about = checkpoint.newest(workdir / "checkpoints") or (0, None)
-        if resumed := about is not None:
+        resumed = about is not None
+        check_workdir(workdir, resumed)
+        if resumed:
             architecture, normalization, backbone = about.architecture, about.normalization, {}
         else:
             architecture, normalization, backbone = weights.load_pretrained(config)
@@ -264,12 +265,12 @@ def prepare_synthetic(root: Path, image_size: int) -> None:
         prepare(root / "archive", root, train_size=round(1.2 * image_size), test_size=image_size)
 
 
-def check_workdir(workdir: Path) -> None:
+def check_workdir(workdir: Path, resumed: bool) -> None:
     """Raise UserError when a run cannot start or go on there."""
     for folder in (workdir, workdir / "checkpoints"):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file, where a run needs a folder: use another --workdir.")
-    if (workdir / "results.json").exists() and not checkpoint.newest(workdir / "checkpoints"):
+    if (workdir / "results.json").exists() and not resumed:
         raise UserError(f"{workdir} holds the results of a run whose checkpoints are gone: use another --workdir.")
 
 
