@@ -12,6 +12,7 @@ usage: python main.py [train] [--config=FILE] [--workdir=DIR] [--config.x.y=valu
 Exit codes: 0 finished; 75 stopped on request, all saved: run the same command again; 2 wrong usage; 1 other failure.
 """
 
+import contextlib
 import errno
 import logging
 import os
@@ -23,12 +24,32 @@ from pathlib import Path
 from absl import app, flags
 from absl import logging as absl_logging
 
+from vit_nabirds.errors import UserError
+
 FLAGS = flags.FLAGS
 EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 75
 
 
+def cluster_flags() -> None:
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 (default: from Slurm; else this one is alone).")
+    flags.DEFINE_integer("num_processes", None, "Number of processes (default: from Slurm).", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "This process's number, from 0 on (default: from Slurm).", lower_bound=0)
+    flags.DEFINE_integer("start_timeout", 45, "Seconds for all processes to meet.", lower_bound=5)
+
+
+def join_processes() -> None:
+    from vit_nabirds import cluster
+
+    cluster.join(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, FLAGS.start_timeout)
+    if not cluster.is_writer():
+        logging.getLogger("vit_nabirds").setLevel(logging.ERROR)
+    cluster.check_same_program(FLAGS.config.to_dict() if "config" in FLAGS else {})
+
+
 def train_flags() -> None:
     from ml_collections import config_flags
+
+    cluster_flags()
 
     if not any(re.fullmatch("--?config(=.*)?", argument) for argument in sys.argv):
         sys.argv.insert(1, f"--config={Path(__file__).parent / 'configs' / 'demo.py'}")
@@ -37,6 +58,7 @@ def train_flags() -> None:
 
 
 def train() -> int:
+    join_processes()
     from vit_nabirds.train import train
 
     name = Path(FLAGS["config"].config_filename.split(":")[0]).stem
@@ -61,12 +83,14 @@ def prepare() -> int:
 
 
 def evaluate_flags() -> None:
+    cluster_flags()
     flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
     flags.DEFINE_integer("step", None, "Step of the checkpoint (default: the best).")
     flags.DEFINE_string("data_root", None, "Prepared folder (default: the one that the run was trained on).")
 
 
 def evaluate() -> int:
+    join_processes()
     from vit_nabirds.evaluate import evaluate_run
 
     return evaluate_run(Path(FLAGS.workdir), FLAGS.step, FLAGS.data_root)
@@ -90,15 +114,20 @@ def parse(argv: list[str]) -> list[str]:
         return rest
     except Exception as error:  # a flag's, or whatever the user's configuration file may raise
         if "config" not in FLAGS or (isinstance(error, flags.Error) and "Traceback" not in str(error)):
-            fail(" ".join(str(error).split()), EXIT_USAGE)
-        from vit_nabirds.config import explain
+            message = " ".join(str(error).split())
+        else:
+            from vit_nabirds.config import explain
 
-        fail(explain(error, argv), EXIT_USAGE)
+            message = explain(error, argv)
+        if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":  # one of many tasks: all end, and one of them says why
+            from vit_nabirds import cluster
+
+            with contextlib.suppress(UserError):
+                cluster.join()
+        fail(message, EXIT_USAGE)
 
 
 def run(_argv: list[str]) -> int:
-    from vit_nabirds.errors import UserError
-
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log = logging.getLogger("vit_nabirds")
@@ -117,6 +146,8 @@ def run(_argv: list[str]) -> int:
 
 
 def fail(message: str, code: int) -> None:
+    if processes := sys.modules.get("vit_nabirds.cluster"):
+        processes.fail(message, code)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
 

@@ -1,9 +1,10 @@
 """Training: the same trace on any layout, exact resume, what is written, and what is refused."""
 
+import itertools
 import json
 import shutil
 import signal
-from fractions import Fraction
+import time
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,8 @@ import polars as pl
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vit_nabirds import checkpoint, train
+from vit_nabirds import checkpoint, cluster, train
 from vit_nabirds.augment import Normalization, augment
-from vit_nabirds.config import Duration
 from vit_nabirds.errors import UserError
 from vit_nabirds.evaluate import evaluate_run, make_eval_step
 from vit_nabirds.monitor import read_evaluations, read_metrics
@@ -35,21 +35,26 @@ def params_of(workdir, step):
     return with_all._orbax.load_checkpointables(step)["params"]
 
 
+def before_step(monkeypatch, step, do):
+    """Do something between this step and the one before it."""
+    ask, polls = cluster.any_process, itertools.count()
+
+    def asking(mesh, *flags):
+        if len(flags) == 2 and next(polls) == step:  # the first poll of the training is before the loop
+            do()
+        return ask(mesh, *flags)
+
+    monkeypatch.setattr(cluster, "any_process", asking)
+
+
 def stop_after(monkeypatch, step):
-    """As if SIGTERM had come while this step was on the devices."""
-    make = train.make_train_step
+    """SIGTERM so that this step is the last."""
 
-    def making(*arguments):
-        compiled = make(*arguments)
+    def signal_and_wait():
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(0.1)
 
-        def run(state, batch):
-            if int(state["step"]) + 1 == step:
-                signal.raise_signal(signal.SIGTERM)
-            return compiled(state, batch)
-
-        return run
-
-    monkeypatch.setattr(train, "make_train_step", making)
+    before_step(monkeypatch, step - 1, signal_and_wait)  # which has been asked by then: the next one asks again
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +158,11 @@ def test_both_steps_normalise_as_the_checkpoint_says(undisturbed):
     graphdef, _ = train.model.describe(about.architecture, 4)
     other = Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     draw = np.random.default_rng(0)
-    batch = {"image": draw.integers(0, 256, (4, 20, 20, 3), np.uint8), "label": np.arange(4, dtype=np.int32)}
+    batch = {
+        "image": draw.integers(0, 256, (4, 20, 20, 3), np.uint8),
+        "label": np.arange(4, dtype=np.int32),
+        "row": np.arange(4, dtype=np.int32),
+    }
 
     def loss_of(pixels):
         logits = train.model.apply(graphdef, params, (pixels - np.array(other.mean)) / np.array(other.std))
@@ -173,20 +182,12 @@ def test_both_steps_normalise_as_the_checkpoint_says(undisturbed):
 
 def test_a_crash_loses_only_what_was_not_saved(undisturbed, tiny_config, tmp_path, monkeypatch):
     tiny_config.checkpoint.every = "3 steps"
-    make = train.make_train_step
 
-    def making(*arguments):
-        compiled = make(*arguments)
-
-        def run(state, batch):
-            if int(state["step"]) == 11:
-                raise RuntimeError("the machine died")
-            return compiled(state, batch)
-
-        return run
+    def die():
+        raise RuntimeError("the machine died")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "make_train_step", making)
+        before_step(patch, 12, die)
         with pytest.raises(RuntimeError, match="died"):
             train.train(tiny_config, tmp_path)
     checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints", read_only=True)
@@ -253,10 +254,11 @@ def test_sgd_linear_decay_bfloat16_and_dropout_run(tiny_config, tmp_path):
     assert all(np.isfinite(loss) for loss in losses(tmp_path).values())
 
 
-def test_a_period_by_the_clock(tiny_config):
-    tiny_config.checkpoint.every = "10 minutes"
-    period = Duration.parse(tiny_config, "checkpoint.every")
-    assert not period.is_over(3, Fraction(5), seconds=599) and period.is_over(3, Fraction(5), seconds=600)
+def test_checkpoints_by_the_clock(tiny_config, tmp_path):
+    tiny_config.checkpoint.every = "0.0001 minutes"
+    tiny_config.evaluate.every = "100 epochs"
+    assert train.train(tiny_config, tmp_path) == FINISHED
+    assert len(checkpoint.Checkpoints(tmp_path / "checkpoints", read_only=True).steps) > 1
 
 
 def test_a_finished_run_stays_as_it_is(undisturbed, tiny_config):

@@ -1,16 +1,304 @@
-"""Processes, devices and the mesh they form; requests to stop."""
+"""The processes of a job: how they find each other and their devices, agree, and fail together."""
 
+import contextlib
+import dataclasses
+import functools
+import glob
+import hashlib
+import importlib.metadata
+import json
 import os
-import signal
+import platform
+import re
+import socket
+import sys
+import threading
 import time
-from collections.abc import Iterator
-from typing import Self
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax._src import distributed  # for its key-value store, which has no public name
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request with everything saved; run the same command again to go on
+from vit_nabirds.config import flat
+from vit_nabirds.errors import UserError
+
+START_TIMEOUT = 45  # seconds for all processes to meet
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "dm-pix", "orbax-checkpoint", "numpy")  # that move results
+FAILURE = "vit_nabirds/failure"  # key in the coordinator's store: which process failed first
+LONG = 24 * 3600 * 1000  # milliseconds; a peer that fails meanwhile ends the wait
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """The place of this process among those of a job; `local_device_ids` None: all devices that it sees."""
+
+    coordinator: str  # host:port of process 0
+    num_processes: int
+    process_id: int
+    local_device_ids: list[int] | None = None
+
+
+def place_in_slurm(environ: Mapping[str, str] = os.environ, gpus: int | None = None) -> Place | None:
+    """The place that Slurm gave this task; None when it is not one of several tasks that srun started.
+
+    `gpus` is the number of the node's GPUs when CUDA_VISIBLE_DEVICES does not say which are the task's.
+    """
+    if int(environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
+        return None
+    # Steps of one job that share a node get different ports, above those that the kernel hands out.
+    port = 61440 + (7 * int(environ["SLURM_JOB_ID"]) + int(environ["SLURM_STEP_ID"])) % 4096
+    nodes = environ["SLURM_STEP_NODELIST"]  # like 'gpu[007-009,12],login1'
+    first = re.sub(r"\[(\w+)[^]]*]", r"\1", nodes).split(",")[0]
+    host = first if int(environ["SLURM_STEP_NUM_NODES"]) > 1 else "127.0.0.1"
+    return Place(
+        f"{host}:{environ.get('JAX_COORDINATOR_PORT', port)}",
+        int(environ["SLURM_STEP_NUM_TASKS"]),
+        int(environ["SLURM_PROCID"]),
+        _devices_of_task(environ, len(glob.glob("/dev/nvidia[0-9]*")) if gpus is None else gpus),
+    )
+
+
+def _devices_of_task(environ: Mapping[str, str], gpus: int) -> list[int] | None:
+    """Indices of a task's GPUs among those it sees; None when they are all its own."""
+    # '2(x3),1': two tasks on each of three nodes and one on the fourth
+    counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", environ["SLURM_STEP_TASKS_PER_NODE"])
+    tasks = [int(tasks) for tasks, nodes in counts for _ in range(int(nodes or 1))][int(environ["SLURM_NODEID"])]
+    if "CUDA_VISIBLE_DEVICES" in environ:
+        gpus = len([name for name in environ["CUDA_VISIBLE_DEVICES"].split(",") if name])
+    # With --gpus-per-task (a number, or 'h100:1') Slurm shows each task its own GPUs alone, or those of all tasks.
+    own = int(environ.get("SLURM_GPUS_PER_TASK", "1").split(":")[-1])
+    if tasks == 1 or gpus in (0, own):
+        return None
+    if gpus % tasks:
+        raise UserError(
+            f"{tasks} tasks cannot share the {gpus} GPUs of {socket.gethostname()} equally: start one task for each "
+            f"GPU (--ntasks-per-node={gpus}) or for each node (--ntasks-per-node=1)."
+        )
+    share, local = gpus // tasks, int(environ["SLURM_LOCALID"])
+    return list(range(local * share, (local + 1) * share))
+
+
+def join(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    timeout: int = START_TIMEOUT,
+) -> None:
+    """Meet the other processes of the job: as said here, else as Slurm says; without either this one is alone.
+
+    UserError when they do not meet within `timeout` seconds.
+    """
+    place = place_in_slurm()
+    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    if any(value is not None for value in given.values()):
+        given = {name: getattr(place, name, None) if value is None else value for name, value in given.items()}
+        if missing := [f"--{name}" for name, value in given.items() if value is None]:
+            raise UserError(f"a process of several that srun did not start needs {' and '.join(missing)} too.")
+        if not re.fullmatch(r".+:\d+", given["coordinator"]) or given["process_id"] >= given["num_processes"]:
+            raise UserError(
+                f"--coordinator={given['coordinator']} --num_processes={given['num_processes']} "
+                f"--process_id={given['process_id']} is no place: HOST:PORT of process 0, and numbers from 0 on."
+            )
+        place = Place(**given, local_device_ids=place.local_device_ids if place else None)
+    if place:
+        start(place, timeout)
+
+
+def start(place: Place, timeout: int = START_TIMEOUT) -> None:
+    """Join the other processes of the job, before JAX touches a device; UserError after `timeout` seconds."""
+    host, _, port = place.coordinator.rpartition(":")
+    deadline = time.monotonic() + timeout
+    if place.process_id > 0:
+        _reach(host, int(port), timeout)
+    else:
+        _bind(int(port))
+    # Its handler of SIGTERM would replace ours; `preemption` has the agreement on the step to stop at.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            place.coordinator,
+            place.num_processes,
+            place.process_id,
+            local_device_ids=place.local_device_ids,
+            cluster_detection_method="deactivate",
+            initialization_timeout=max(5, round(deadline - time.monotonic())),
+            heartbeat_timeout_seconds=60,
+        )
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(
+            f"the {place.num_processes} processes did not all meet at {place.coordinator} within {timeout} s: look "
+            f"above for one that ended, or give slow starts more time with --start_timeout ({_first_line(error)})."
+        ) from None
+    threading.Thread(target=_end_with_the_first, daemon=True).start()
+
+
+def _bind(port: int) -> None:
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("", port))
+    except OSError as error:
+        raise UserError(
+            f"process 0 cannot listen on port {port} of {socket.gethostname()} ({error.strerror}): choose a free one "
+            "with JAX_COORDINATOR_PORT, or --coordinator=HOST:PORT."
+        ) from None
+
+
+def _reach(host: str, port: int, timeout: float) -> None:
+    here, deadline = socket.gethostname(), time.monotonic() + timeout
+    try:
+        socket.getaddrinfo(host, port)
+    except OSError:
+        raise UserError(
+            f"{here} cannot resolve {host!r}, the host of process 0: give an address that all nodes can reach with "
+            "--coordinator=ADDRESS:PORT."
+        ) from None
+    while True:
+        try:
+            return socket.create_connection((host, port), timeout=5).close()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{here} got no answer from process 0 at {host}:{port} within {timeout:.0f} s ({error}): look "
+                    "above for why process 0 ended; if it did not, the port is closed between the nodes (choose "
+                    "another with JAX_COORDINATOR_PORT) or it starts slowly (--start_timeout)."
+                ) from None
+            time.sleep(0.2)
+
+
+def process_id() -> int:
+    """This process's number, also before JAX has touched a device."""
+    return distributed.global_state.process_id
+
+
+def is_writer() -> bool:
+    """Whether this process is the one that writes logs, events and configuration."""
+    return process_id() == 0
+
+
+def is_alone() -> bool:
+    return distributed.global_state.client is None
+
+
+def wait_for_all(name: str) -> None:
+    """Go on when all processes have come to the point of this name."""
+    if not is_alone():
+        distributed.global_state.client.wait_at_barrier(f"vit_nabirds/{name}", LONG)
+
+
+@contextlib.contextmanager
+def writer_first(name: str) -> Iterator[None]:
+    """The other processes enter when the writer has left: it makes or fetches what all then read."""
+    if not is_writer():
+        wait_for_all(name)
+    yield
+    if is_writer():
+        wait_for_all(name)
+
+
+def check_same_program(config: dict) -> None:
+    """Raise UserError in a process that runs other code, other packages or another configuration than process 0."""
+    if is_alone():
+        return
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))))
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    environment = packages | {"python": platform.python_version(), "vit_nabirds": code.hexdigest()[:12]}
+    check_agreement("the environment", environment, "Use one environment and one checkout on storage that all share.")
+    # The data may lie elsewhere on each node; their fingerprints are compared.
+    fields = {f"config.{field}": value for field, value in flat(config).items() if field != "data.root"}
+    check_agreement("the configuration", fields, "Start all processes with the same command.")
+
+
+def check_agreement(name: str, mine: dict, remedy: str) -> None:
+    """Raise UserError in a process whose values differ from those of process 0; no process goes on before all agree."""
+    if is_alone():
+        return
+    client, key = distributed.global_state.client, f"vit_nabirds/{name}"
+    mine = json.loads(json.dumps(mine))
+    if is_writer():
+        client.key_value_set(key, json.dumps(mine))
+    else:
+        first = json.loads(client.blocking_key_value_get(key, LONG))
+        differing = [field for field in sorted(first | mine) if first.get(field) != mine.get(field)]
+        if differing:
+            what = "; ".join(f"{x} is {mine.get(x)!r} here and {first.get(x)!r} there" for x in differing[:5])
+            raise UserError(f"{name} differs from that of process 0: {what}. {remedy}")
+    wait_for_all(f"{name} agreed")
+
+
+def check_shared(file: Path) -> None:
+    """Raise UserError in a process that cannot see what the writer has written."""
+    wait_for_all(f"{file} written")
+    for _ in range(100):  # network file systems take a moment
+        if file.exists():
+            return
+        time.sleep(0.1)
+    raise UserError(f"{file.parent} is not the same folder on all nodes: give a --workdir on storage that they share.")
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Show the message and end all processes of the job; of several that fail, the first one's is shown."""
+    client, is_first = distributed.global_state.client, True
+    if client:
+        state = distributed.global_state
+        message = f"process {state.process_id} of {state.num_processes} on {socket.gethostname()}: {message}"
+        try:
+            client.key_value_set(FAILURE, message)
+        except jax.errors.JaxRuntimeError as error:
+            is_first = "ALREADY_EXISTS" not in str(error)
+    if is_first:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    if client and is_writer():
+        time.sleep(2)  # the others hear of it from this process
+    if client:
+        os._exit(code)  # what JAX does at exit would wait for the others
+    sys.exit(code)
+
+
+def _end_with_the_first() -> None:
+    """Wait for the news that a process has failed, and end: it has said why."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the store is gone: so is the job
+        distributed.global_state.client.blocking_key_value_get(FAILURE, LONG)
+        if is_writer():
+            time.sleep(1)  # the others hear of it from this process
+        os._exit(1)
+
+
+def end_unless_told(_type, error: BaseException | None, _traceback) -> None:
+    """An exit callback: after an error that nobody foresaw, do not wait for the other processes in clean-up."""
+    if error is not None and not is_alone() and not isinstance(error, UserError | OSError):
+        fail_unexpectedly(error)
+
+
+def fail_unexpectedly(error: BaseException) -> NoReturn:
+    """End after an error that may be the consequence of another process's, whose message then is the one to show."""
+    if is_alone():
+        raise error
+    time.sleep(3)  # `_end_with_the_first` ends this process if another has failed
+    lost = re.search(r"gloo|nccl|connection|heartbeat|coordination|unavailable", str(error), re.IGNORECASE)
+    if isinstance(error, jax.errors.JaxRuntimeError) and lost:
+        fail(
+            f"another process was lost without a word, killed or out of memory ({_first_line(error)}): see what srun "
+            "says of it, or `sacct -j JOB`. The same command goes on from the last checkpoint.",
+            1,
+        )
+    fail("".join(traceback.format_exception(error)), 1)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:200]
+
+
+def shutdown() -> None:
+    """Wait for all processes, and leave."""
+    if not is_alone():
+        jax.distributed.shutdown()
 
 
 def split_cpu(devices: int) -> None:
@@ -35,41 +323,20 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]
     return {name: jax.make_array_from_process_local_data(sharding, block) for name, block in batch.items()}
 
 
-def is_writer() -> bool:
-    """Whether this process is the one that writes logs, events and configuration."""
-    return jax.process_index() == 0
+def any_process(mesh: Mesh, *flags: bool) -> np.ndarray | jax.Array:
+    """For each flag whether any process raises it: computed on the devices, in turn with their other work."""
+    if jax.process_count() == 1:
+        return np.array(flags)
+    array, maximum = _flags(mesh, flags)
+    return maximum(array)
 
 
-class StopRequest:
-    """SIGTERM or Ctrl-C while it is entered: `requested` says so, and the work ends at the next safe point.
+@functools.cache
+def _flags(mesh: Mesh, flags: tuple[bool, ...]) -> tuple:
+    rows = np.tile(np.array(flags, np.int32), (jax.local_device_count(), 1))
+    return to_devices({"flags": rows}, mesh)["flags"], _maximum(mesh)
 
-    A signal more than a second later (sooner, it is the first one on another way) ends the process at once; the last
-    complete checkpoint stays as it is.
-    """
 
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> Self:
-        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, _number: int, _frame) -> None:
-        if not self.requested:
-            self.requested, self._since = True, time.monotonic()
-            os.write(2, b"stopping at the next safe point; a second signal stops at once\n")
-        elif time.monotonic() - self._since > 1:
-            os._exit(1)
-
-    def next_or_none(self, batches: Iterator[dict]) -> dict | None:
-        """The next batch; None at the end, or when a stop is requested."""
-        try:
-            return None if self.requested else next(batches, None)
-        except Exception:
-            if self.requested:  # a loader process was still starting, not yet deaf to the signal, and died of it
-                return None
-            raise
+@functools.cache
+def _maximum(mesh: Mesh):
+    return jax.jit(lambda rows: jnp.max(rows, axis=0), out_shardings=replicated(mesh))

@@ -72,7 +72,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         if not ok:
             raise UserError(f"config.{field} is {_get(config, field)!r}: it must be {expected}.")
 
-    fields, known = set(_flat(config.to_dict())), set(_flat(default().to_dict()))
+    fields, known = set(flat(config.to_dict())), set(flat(default().to_dict()))
     if fields != known:
         raise UserError(
             f"the configuration lacks {sorted(known - fields)} and has {sorted(fields - known)} too many: let its file "
@@ -129,7 +129,7 @@ def explain(error: Exception, argv: list[str]) -> str:
         def likeness(field: str) -> float:
             return max(difflib.SequenceMatcher(None, name, x).ratio() for x in (field, field.rpartition(".")[2]))
 
-        nearest = max(_flat(default().to_dict()), key=likeness)
+        nearest = max(flat(default().to_dict()), key=likeness)
         return f"{given[0] if given else file}: there is no field {name!r}; did you mean {nearest!r}?"
     if "Traceback" in message:
         message = message.splitlines()[-1]
@@ -158,16 +158,10 @@ class Duration:
         """The period in steps; None when it is one of time."""
         return self.steps if self.epochs is None else self.epochs * steps_per_epoch
 
-    def is_over(self, step: int, steps_per_epoch: Fraction, seconds: float) -> bool:
-        """Whether the period ends with this step, `seconds` after the end of the one before."""
-        if self.minutes is not None:
-            return seconds >= 60 * self.minutes
-        return is_due(step, self.in_steps(steps_per_epoch))
 
-
-def is_due(step: int, period: Fraction) -> bool:
-    """Whether a period (in steps, perhaps not whole) ends with this step."""
-    return step // period > (step - 1) // period
+def is_due(step: int, period: Fraction | None) -> bool:
+    """Whether a period (in steps, perhaps not whole) ends with this step; None: it goes by the clock."""
+    return period is not None and step // period > (step - 1) // period
 
 
 def resolve(config: ml_collections.ConfigDict, architecture: dict) -> ml_collections.ConfigDict:
@@ -187,16 +181,17 @@ def resolve(config: ml_collections.ConfigDict, architecture: dict) -> ml_collect
 
 def differences(old: dict, new: dict) -> list[str]:
     """'field: old -> new' for each field that differs and that a resumed run may not change."""
-    old, new = _flat(old), _flat(new)
+    old, new = flat(old), flat(new)
     fields = [f for f in sorted(old | new) if not FREE_ON_RESUME.fullmatch(f) and old.get(f) != new.get(f)]
     return [f"{field}: {old.get(field)!r} -> {new.get(field)!r}" for field in fields]
 
 
-def _flat(tree: dict, prefix: str = "") -> dict:
-    flat = {}
+def flat(tree: dict, prefix: str = "") -> dict:
+    """{'model': {'patch_size': 16}} -> {'model.patch_size': 16}"""
+    leaves = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves
 
 
 def _get(config: ml_collections.ConfigDict, field: str):

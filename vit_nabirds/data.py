@@ -189,14 +189,19 @@ def _iterate(blocks: grain.MapDataset, workers: int) -> Iterator[dict[str, np.nd
     # The buffer counts batches, and grain's default of 500 would hold tens of gigabytes.
     threads = 1 if workers else cpu_share()
     dataset = blocks.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
-    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-    return iter(dataset.mp_prefetch(options, worker_init_fn=_start_worker) if workers else dataset)
-
-
-def _start_worker(_index: int, _count: int) -> None:
-    # Slurm and the terminal signal every process of a job; the main process decides when its workers end.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not workers:
+        return iter(dataset)
+    # Slurm and the terminal signal every process of a job; the main one decides when its workers end. Processes
+    # inherit the blocked signals, so that they are deaf from their first instruction on.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        iterator = iter(
+            dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+        )
+        iterator.start_prefetch()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    return iterator
 
 
 def _read(file: Path) -> np.ndarray:

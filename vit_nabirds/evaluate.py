@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from vit_nabirds import checkpoint, cluster, data, model, monitor
+from vit_nabirds import checkpoint, cluster, data, model, monitor, preemption
 from vit_nabirds.augment import Normalization, to_float, zscore
 from vit_nabirds.errors import UserError
 
@@ -48,7 +48,7 @@ def evaluate(
     batch_size: int,
     workers: int,
     mesh: jax.sharding.Mesh,
-    stop: cluster.StopRequest,
+    stop: preemption.StopRequest,
 ) -> dict[str, float] | None:
     """Metrics over the whole split, on all hosts; None when a stop was requested before its end."""
     batch_size = -(-batch_size // mesh.size) * mesh.size
@@ -56,13 +56,13 @@ def evaluate(
     zero, zeros = np.zeros((), np.float32), np.zeros(num_classes, np.float32)
     totals = jax.device_put({"loss": zero, "top1": zeros, "top5": zero, "examples": zeros}, cluster.replicated(mesh))
     with contextlib.closing(data.test_batches(photographs, batch_size, workers, shard)) as batches:
-        while batch := stop.next_or_none(batches):
-            del batch["row"]
+        for batch in batches:
+            stopping = cluster.any_process(mesh, stop.requested)
             batch = cluster.to_devices(batch, mesh)
+            if np.asarray(stopping)[0]:
+                return None
             jax.block_until_ready(totals)  # or the host would run ahead and hold the whole split on the devices
             totals = eval_step(params, totals, batch)
-    if stop.requested:
-        return None
     totals = jax.device_get(totals)
     examples = totals["examples"]
     if examples.sum() != len(photographs):
@@ -126,12 +126,12 @@ def evaluate_run(workdir: Path, step: int | None = None, root: str | None = None
     checkpoints.close()
     log.info("evaluating the checkpoint of step %d on %d images of %s", step, len(photographs), root)
     eval_step = make_eval_step(graphdef, about.normalization)
-    with cluster.StopRequest() as stop:
+    with preemption.StopRequest() as stop:
         metrics = evaluate(
             eval_step, params, photographs, num_classes, config["batch_size"], config["data"]["workers"], mesh, stop
         )
     if metrics is None:
-        return cluster.EXIT_STOPPED
+        return preemption.EXIT_STOPPED
     log.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     if data.fingerprint(table) != about.fingerprint:
         log.warning("%s has other records than the training had: results.json is left as it is", root)

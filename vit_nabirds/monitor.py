@@ -35,11 +35,11 @@ class Monitor:
             self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
             self._bar = tqdm(total=total_steps, initial=start, unit="step", disable=None)
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl, one point of each TensorBoard curve, one line of the log."""
+    def scalars(self, step: int, values: dict[str, float], **more: int) -> None:
+        """One line of metrics.jsonl (with `more`), one point of each TensorBoard curve, one line of the log."""
         if not self._is_writer:
             return
-        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+        self._metrics.write(json.dumps({"step": step, **values, **more}) + "\n")
         self._metrics.flush()
         for name, value in values.items():
             self._events.add_scalar(name, value, step)

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from vit_nabirds import checkpoint, cluster, data, model, optimizer, weights
+from vit_nabirds import checkpoint, cluster, data, model, optimizer, preemption, weights
 from vit_nabirds import config as config_lib
 from vit_nabirds.augment import Normalization, augment, zscore
 from vit_nabirds.errors import UserError
@@ -44,6 +44,12 @@ def step_keys(seed: int, step: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys of a step for augmentation and for dropout."""
     augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
     return augment_key, dropout_key
+
+
+def checksum(rows: jax.Array) -> jax.Array:
+    """uint32 that tells batches of other records, or of the same ones in another order, apart."""
+    odd = 2 * jnp.arange(len(rows), dtype=jnp.uint32) + 1
+    return jnp.sum(odd * (rows.astype(jnp.uint32) + 1))
 
 
 def make_train_step(
@@ -73,6 +79,7 @@ def make_train_step(
             "train/accuracy": jnp.mean(jnp.argmax(logits, -1) == batch["label"]),
             "train/learning_rate": schedule(state["step"]),
             "train/gradient_norm": optax.tree.norm(gradients),
+            "records": checksum(batch["row"]),
         }
         params = state["params"] | optax.apply_updates(params, updates)
         return {"step": state["step"] + 1, "params": params, "opt_state": opt_state}, metrics
@@ -83,7 +90,7 @@ def make_train_step(
 def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
     """Train or resume the run in `workdir`; returns the exit code: 0 finished, 75 stopped with everything saved."""
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(cluster.StopRequest())
+        stop = stack.enter_context(preemption.StopRequest())
 
         # Configuration and devices
         config_lib.check(config)
@@ -98,7 +105,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         # Data
         root = Path(config.data.root)
         if config.data.synthetic:
-            prepare_synthetic(root, config.model.image_size)
+            with cluster.writer_first("drawing"):
+                prepare_synthetic(root, config.model.image_size)
         table = data.read_table(root)
         species, fingerprint = data.species_names(table), data.fingerprint(table)
         train_split, test_split = (data.open_split(root, table, train=split) for split in (True, False))
@@ -114,7 +122,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         if resumed:
             architecture, normalization, backbone = about.architecture, about.normalization, {}
         else:
-            architecture, normalization, backbone = weights.load_pretrained(config)
+            with cluster.writer_first("pretrained weights"):
+                architecture, normalization, backbone = weights.load_pretrained(config)
         config = config_lib.resolve(config, architecture)
         if resumed:
             check_same_run(about, config, species, fingerprint, workdir)
@@ -126,6 +135,13 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         schedule = optimizer.make_schedule(config, total_steps, steps_per_epoch)
         tx = optimizer.make_optimizer(config, schedule)
 
+        evaluations = {s: m for s, m in read_evaluations(workdir / "metrics.jsonl").items() if s <= start}
+        cluster.check_agreement(
+            "what the run starts from",
+            {"data": fingerprint, "step": start, "evaluated": list(evaluations), "devices": jax.local_device_count()},
+            f"All nodes must see the same data and the same {workdir}, and have equally many devices.",
+        )
+
         def initial_state(backbone: dict) -> dict:
             params = model.initial_params(architecture, len(species), config.seed) | backbone
             opt_state = tx.init({path: params[path] for path in trainable})
@@ -133,6 +149,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
 
         # State: all is known to be right, and from here on the run writes
         workdir.mkdir(parents=True, exist_ok=True)
+        if cluster.is_writer():
+            checkpoint.write_json(workdir / "config.json", about.config)
+        cluster.check_shared(workdir / "config.json")
         checkpoints = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(workdir / "checkpoints")))
         if resumed:
             like = checkpoint.placed(jax.eval_shape(initial_state, backbone), cluster.replicated(mesh))
@@ -141,24 +160,23 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
             state = jax.jit(initial_state, out_shardings=cluster.replicated(mesh))(backbone)
         del backbone
         monitor = stack.enter_context(contextlib.closing(Monitor(workdir, start, total_steps, cluster.is_writer())))
-        if cluster.is_writer():
-            checkpoint.write_json(workdir / "config.json", about.config)
         monitor.text("config", f"```\n{json.dumps(about.config, indent=2)}\n```")
-        evaluations = read_evaluations(workdir / "metrics.jsonl")
         checkpoints.best_step = checkpoint.best_step(evaluations, checkpoints.steps)
         log.info(
             "%s: %d species, %d train and %d test images; %s parameters, %s of them trained, in %s; steps %d to %d on "
-            "%d %s device(s)",
+            "%d %s device(s) of %d process(es)",
             workdir, len(species), len(train_split), len(test_split), f"{optimizer.count(shapes):,}",
             f"{optimizer.count({path: shapes[path] for path in trainable}):,}", config.compute_dtype, start,
-            total_steps, mesh.size, jax.default_backend(),
+            total_steps, mesh.size, jax.default_backend(), jax.process_count(),
         )  # fmt: skip
 
         # The loop
+        stack.push(cluster.end_unless_told)
         train_step = make_train_step(graphdef, tx, schedule, trainable, normalization, image_size, config.seed)
         eval_step = make_eval_step(graphdef, normalization)
         evaluate_every = config_lib.Duration.parse(config, "evaluate.every").in_steps(steps_per_epoch)
-        save_every = config_lib.Duration.parse(config, "checkpoint.every")
+        save_period = config_lib.Duration.parse(config, "checkpoint.every")
+        save_every = save_period.in_steps(steps_per_epoch)
         shard = grain.sharding.ShardByJaxProcess(drop_remainder=True)
         host_batches = data.train_batches(
             train_split, config.batch_size, config.seed, start, config.data.workers, shard
@@ -168,17 +186,14 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         unreported = collections.deque()
         parameter_norm = jax.jit(optax.tree.norm)
 
-        def next_batch() -> dict[str, jax.Array] | None:
+        def next_batch() -> dict[str, jax.Array]:
             with throughput.waiting():
-                batch = stop.next_or_none(host_batches)
-            if batch is None:
-                return None
-            rows = batch.pop("row")
-            if step == start:
+                batch = next(host_batches)
+            if step == start and cluster.is_writer():
                 shown = jax.jit(augment, static_argnums=2)(
                     jnp.asarray(batch["image"][:16]), step_keys(config.seed, step)[0], image_size
                 )
-                captions = table[rows[:16].tolist()].select("species_name", "photographer").rows()
+                captions = table[batch["row"][:16].tolist()].select("species_name", "photographer").rows()
                 monitor.images("train/augmented", step, np.asarray(shown), captions)
             return cluster.to_devices(batch, mesh)
 
@@ -189,28 +204,24 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
                 if not math.isfinite(loss := float(metrics["train/loss"])):
                     raise UserError(f"the loss of step {step} is {loss}: {REMEDY}")
                 if step in (1, total_steps) or step % config.log_every == 0:
-                    monitor.scalars(step, {name: float(metrics[name]) for name in METRICS} | throughput.read(step))
+                    values = {name: float(metrics[name]) for name in METRICS} | throughput.read(step)
+                    monitor.scalars(step, values, records=int(metrics["records"]))
                 monitor.progress(step)
 
         def is_evaluated(step: int) -> bool:
             return step > 0 and (step == total_steps or config_lib.is_due(step, evaluate_every))
 
-        def run_evaluation() -> None:
-            metrics = evaluate(
-                eval_step,
-                state["params"],
-                test_split,
-                len(species),
-                config.batch_size,
-                config.data.workers,
-                mesh,
-                stop,
-            )
+        def run_evaluation() -> bool:
+            """Whether it came to its end before a request to stop."""
+            workers, batch_size = config.data.workers, config.batch_size
+            params = state["params"]
+            metrics = evaluate(eval_step, params, test_split, len(species), batch_size, workers, mesh, stop)
             if metrics:
                 monitor.scalars(step, metrics)
                 evaluations[step] = metrics
                 checkpoints.best_step = checkpoint.best_step(evaluations, [*checkpoints.steps, step])
             throughput.restart(step)
+            return metrics is not None
 
         def save() -> float:
             report(keep=0)
@@ -219,32 +230,42 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
             checkpoints.save(step, state, about)
             return time.monotonic()
 
-        step, saved, saved_at = start, start if resumed else None, time.monotonic()
+        def requests() -> np.ndarray | jax.Array:
+            """Whether any process is asked to stop, and whether the clock of the writer asks to save: a promise."""
+            by_clock = save_period.minutes is not None and cluster.is_writer()
+            return cluster.any_process(
+                mesh, stop.requested, by_clock and time.monotonic() - saved_at >= 60 * save_period.minutes
+            )
+
+        step, saved, saved_at, stopping = start, start if resumed else None, time.monotonic(), False
         if is_evaluated(start) and start not in evaluations:  # it was stopped between its checkpoint and its evaluation
-            run_evaluation()
-        if step < total_steps:
+            stopping = not run_evaluation()
+        if step < total_steps and not stopping:
             batch = next_batch()
-        while step < total_steps and not stop.requested:
+            train_step = train_step.lower(state, batch).compile()
+            throughput.restart(step)
+            stopping = np.asarray(requests())[0]
+        while step < total_steps and not stopping:
+            asked = requests()
             state, metrics = train_step(state, batch)
             step += 1
             unreported.append((step, metrics))
             if step < total_steps:
                 batch = next_batch()  # while the devices are at work on this step
             report(keep=1)  # one step late, so that the devices always have the next one
-            if step == start + 1:
-                report(keep=0)  # compilation is over
-                throughput.restart(step)
-            if is_evaluated(step) or save_every.is_over(step, steps_per_epoch, time.monotonic() - saved_at):
+            stopping, saving = np.asarray(asked)
+            if is_evaluated(step) or config_lib.is_due(step, save_every) or saving:
                 saved, saved_at = step, save()
-                if is_evaluated(step):
-                    run_evaluation()
+                if is_evaluated(step) and not stopping:
+                    stopping = not run_evaluation()
         report(keep=0)
         if saved != step:
             save()
 
     if step not in evaluations or step < total_steps:
-        log.info("stopped at step %d of %d, all saved: run the same command again to go on", step, total_steps)
-        return cluster.EXIT_STOPPED
+        when = f" {time.monotonic() - stop.since:.1f} s after the signal" if stop.requested else ""
+        log.info("stopped at step %d of %d, all saved%s: run the same command again to go on", step, total_steps, when)
+        return preemption.EXIT_STOPPED
     if cluster.is_writer():
         write_results(workdir / "results.json", step, evaluations[step])
     log.info(

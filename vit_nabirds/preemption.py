@@ -1,0 +1,53 @@
+"""Requests to stop: SIGTERM from the cluster, Ctrl-C from the user."""
+
+import os
+import signal
+import threading
+import time
+from typing import Self
+
+from vit_nabirds import cluster
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request with everything saved; run the same command again to go on
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """SIGTERM or Ctrl-C while it is entered: `requested` says so, and the work ends at the next safe point.
+
+    A signal more than a second later (sooner, it is the first one on another way) ends the process at once; the last
+    complete checkpoint stays as it is.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.since = 0.0
+
+    def __enter__(self) -> Self:
+        # A thread takes the signals from a pipe: the main one may be deep in a compilation or a collective.
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+        self._previous_pipe = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._previous = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_pipe)
+        os.close(self._write)
+        self._thread.join()
+        os.close(self._read)
+
+    def _listen(self) -> None:
+        while number := os.read(self._read, 1):
+            if number[0] not in SIGNALS:
+                continue
+            if not self.requested:
+                self.requested, self.since = True, time.monotonic()
+                if cluster.is_writer():
+                    os.write(2, b"stopping at the next safe point; a second signal stops at once\n")
+            elif time.monotonic() - self.since > 1:
+                os._exit(1)
