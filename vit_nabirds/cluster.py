@@ -1,5 +1,6 @@
 """The processes of a job: how they find each other and their devices, agree, and fail together."""
 
+import atexit
 import contextlib
 import dataclasses
 import functools
@@ -135,7 +136,11 @@ def start(place: Place, timeout: int = START_TIMEOUT) -> None:
             f"the {place.num_processes} processes did not all meet at {place.coordinator} within {timeout} s: look "
             f"above for one that ended, or give slow starts more time with --start_timeout ({_first_line(error)})."
         ) from None
-    threading.Thread(target=_end_with_the_first, daemon=True).start()
+    ended = threading.Event()
+    watcher = threading.Thread(target=_end_with_the_first, args=[ended], daemon=True)
+    watcher.start()
+    atexit.register(watcher.join)
+    atexit.register(ended.set)  # the last registered is the first to run
 
 
 def _bind(port: int) -> None:
@@ -261,13 +266,14 @@ def fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _end_with_the_first() -> None:
-    """Wait for the news that a process has failed, and end: it has said why."""
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # the store is gone: so is the job
-        distributed.global_state.client.blocking_key_value_get(FAILURE, LONG)
-        if is_writer():
-            time.sleep(1)  # the others hear of it from this process
-        os._exit(1)
+def _end_with_the_first(ended: threading.Event) -> None:
+    """Look for the news that a process has failed, and end: it has said why."""
+    while not ended.wait(0.5):
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # no such news
+            distributed.global_state.client.key_value_try_get(FAILURE)
+            if is_writer():
+                time.sleep(1)  # the others hear of it from this process
+            os._exit(1)
 
 
 def end_unless_told(_type, error: BaseException | None, _traceback) -> None:
@@ -293,12 +299,6 @@ def fail_unexpectedly(error: BaseException) -> NoReturn:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0][:200]
-
-
-def shutdown() -> None:
-    """Wait for all processes, and leave."""
-    if not is_alone():
-        jax.distributed.shutdown()
 
 
 def split_cpu(devices: int) -> None:

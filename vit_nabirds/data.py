@@ -1,10 +1,12 @@
 """A prepared folder -> this host's batches of uint8 images. Free of JAX, for worker processes import it."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import signal
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import grain
@@ -191,17 +193,25 @@ def _iterate(blocks: grain.MapDataset, workers: int) -> Iterator[dict[str, np.nd
     dataset = blocks.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
     if not workers:
         return iter(dataset)
-    # Slurm and the terminal signal every process of a job; the main one decides when its workers end. Processes
-    # inherit the blocked signals, so that they are deaf from their first instruction on.
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+    return _deaf_to_signals(iter(dataset.mp_prefetch(options)))
+
+
+def _deaf_to_signals(batches: grain.DatasetIterator) -> Iterator[dict[str, np.ndarray]]:
+    """The batches of processes that the first one starts, which no SIGTERM or Ctrl-C ends.
+
+    Slurm and the terminal signal every process of a job; the main one decides when its workers end. A process inherits
+    the signals that its parent blocks, and so is deaf to them from its first instruction on.
+    """
+    resource_tracker.ensure_running()  # which would unblock them, were it started later
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
-        iterator = iter(
-            dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
-        )
-        iterator.start_prefetch()
+        first = next(batches)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    return iterator
+    with contextlib.closing(batches):
+        yield first
+        yield from batches
 
 
 def _read(file: Path) -> np.ndarray:
