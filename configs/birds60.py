@@ -10,9 +10,10 @@ The whole network on the first ten species (300 train and 261 test photographs):
 
 The head alone on all sixty, and on the first ten:
     python main.py --config=configs/birds60.py --workdir=runs/birds60-head --config.trainable=classifier \\
-        --config.optimizer.learning_rate=0.01 --config.optimizer.head_multiplier=1 --config.evaluate.every="6 epochs" \\
-        --config.model.pretrained=vit-small-patch14-224
-    82.7 % after 6 epochs (too noisy a rate for sixty species: 84 % is within reach of these features)
+        --config.optimizer.name=sgd --config.optimizer.learning_rate=0.01 --config.optimizer.head_multiplier=1 \\
+        --config.optimizer.weight_decay=0.003 --config.optimizer.clip_norm=0 --config.epochs=12 \\
+        --config.evaluate.every="12 epochs" --config.model.pretrained=vit-small-patch14-224
+    85.1 % (1,475 of 1,733) after 12 epochs; AdamW at 0.01 for 6 epochs: 82.7 %
     python main.py --config=configs/birds60.py --workdir=runs/birds10-head --config.trainable=classifier \\
         --config.optimizer.learning_rate=0.01 --config.optimizer.head_multiplier=1 --config.epochs=10 \\
         --config.evaluate.every="10 epochs" --config.data.root=data/birds10 \\
