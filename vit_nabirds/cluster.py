@@ -31,6 +31,8 @@ from vit_nabirds.errors import UserError
 
 START_TIMEOUT = 45  # seconds for all processes to meet
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "dm-pix", "orbax-checkpoint", "numpy")  # that move results
+NODE = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+JOB = f"{os.environ.get('SLURM_JOB_ID', 'none')}.{os.environ.get('SLURM_STEP_ID', 'none')}"
 FAILURE = "vit_nabirds/failure"  # key in the coordinator's store: which process failed first
 LONG = 24 * 3600 * 1000  # milliseconds; a peer that fails meanwhile ends the wait
 
@@ -78,7 +80,7 @@ def _devices_of_task(environ: Mapping[str, str], gpus: int) -> list[int] | None:
         return None
     if gpus % tasks:
         raise UserError(
-            f"{tasks} tasks cannot share the {gpus} GPUs of {socket.gethostname()} equally: start one task for each "
+            f"{tasks} tasks cannot share the {gpus} GPUs of {NODE} equally: start one task for each "
             f"GPU (--ntasks-per-node={gpus}) or for each node (--ntasks-per-node=1)."
         )
     share, local = gpus // tasks, int(environ["SLURM_LOCALID"])
@@ -114,28 +116,20 @@ def join(
 def start(place: Place, timeout: int = START_TIMEOUT) -> None:
     """Join the other processes of the job, before JAX touches a device; UserError after `timeout` seconds."""
     host, _, port = place.coordinator.rpartition(":")
-    deadline = time.monotonic() + timeout
-    if place.process_id > 0:
-        _reach(host, int(port), timeout)
+    if place.process_id == 0:
+        _wait_for_others(place.num_processes, int(port), timeout)
     else:
-        _bind(int(port))
-    # Its handler of SIGTERM would replace ours; `preemption` has the agreement on the step to stop at.
+        _report_to_first(place.process_id, host, int(port), timeout)
+    # Its handler of SIGTERM would replace ours; `any_process` has the agreement on the step to stop at.
     jax.config.update("jax_enable_preemption_service", False)
-    try:
-        jax.distributed.initialize(
-            place.coordinator,
-            place.num_processes,
-            place.process_id,
-            local_device_ids=place.local_device_ids,
-            cluster_detection_method="deactivate",
-            initialization_timeout=max(5, round(deadline - time.monotonic())),
-            heartbeat_timeout_seconds=60,
-        )
-    except jax.errors.JaxRuntimeError as error:
-        raise UserError(
-            f"the {place.num_processes} processes did not all meet at {place.coordinator} within {timeout} s: look "
-            f"above for one that ended, or give slow starts more time with --start_timeout ({_first_line(error)})."
-        ) from None
+    jax.distributed.initialize(
+        place.coordinator,
+        place.num_processes,
+        place.process_id,
+        local_device_ids=place.local_device_ids,
+        cluster_detection_method="deactivate",
+        heartbeat_timeout_seconds=60,
+    )
     ended = threading.Event()
     watcher = threading.Thread(target=_end_with_the_first, args=[ended], daemon=True)
     watcher.start()
@@ -143,38 +137,65 @@ def start(place: Place, timeout: int = START_TIMEOUT) -> None:
     atexit.register(ended.set)  # the last registered is the first to run
 
 
-def _bind(port: int) -> None:
+# Before JAX's own meeting, which ends in a stack trace when one is missing, the processes meet on the same port.
+def _wait_for_others(num_processes: int, port: int, timeout: float) -> None:
+    deadline, come = time.monotonic() + timeout, {}
+    ipv6 = dict(family=socket.AF_INET6, dualstack_ipv6=True) if socket.has_dualstack_ipv6() else {}
     try:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("", port))
+        server = socket.create_server(("", port), backlog=num_processes, **ipv6)
     except OSError as error:
         raise UserError(
-            f"process 0 cannot listen on port {port} of {socket.gethostname()} ({error.strerror}): choose a free one "
-            "with JAX_COORDINATOR_PORT, or --coordinator=HOST:PORT."
+            f"process 0 cannot listen on port {port} of {NODE} ({error.strerror}): choose a free one with "
+            "JAX_COORDINATOR_PORT, or --coordinator=HOST:PORT."
         ) from None
+    with server:
+        while len(come) < num_processes - 1 and (left := deadline - time.monotonic()) > 0:
+            server.settimeout(left)
+            with contextlib.suppress(OSError, ValueError):
+                connection, _ = server.accept()
+                connection.settimeout(5)
+                job, number = connection.recv(100).decode().split()
+                if job == JOB:
+                    come[int(number)] = connection
+        missing = [str(number) for number in range(1, num_processes) if number not in come]
+        for connection in come.values():
+            with contextlib.suppress(OSError):
+                connection.sendall(b"wait" if missing else b"go")
+            connection.close()
+    if missing:
+        raise UserError(
+            f"of {num_processes} processes, {', '.join(missing)} did not come to process 0 on {NODE}, port {port}, "
+            f"within {timeout:.0f} s: look above for why they ended; give slow ones more time with --start_timeout."
+        )
 
 
-def _reach(host: str, port: int, timeout: float) -> None:
-    here, deadline = socket.gethostname(), time.monotonic() + timeout
+def _report_to_first(process_id: int, host: str, port: int, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
     try:
         socket.getaddrinfo(host, port)
     except OSError:
         raise UserError(
-            f"{here} cannot resolve {host!r}, the host of process 0: give an address that all nodes can reach with "
+            f"{NODE} cannot resolve {host!r}, the host of process 0: give an address that all nodes can reach with "
             "--coordinator=ADDRESS:PORT."
         ) from None
-    while True:
+    answer, problem = b"", "it ended"
+    while not answer and time.monotonic() < deadline:
         try:
-            return socket.create_connection((host, port), timeout=5).close()
+            with socket.create_connection((host, port), timeout=5) as connection:
+                connection.sendall(f"{JOB} {process_id}".encode())
+                connection.settimeout(timeout + 5)
+                answer = connection.recv(10)
         except OSError as error:
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"{here} got no answer from process 0 at {host}:{port} within {timeout:.0f} s ({error}): look "
-                    "above for why process 0 ended; if it did not, the port is closed between the nodes (choose "
-                    "another with JAX_COORDINATOR_PORT) or it starts slowly (--start_timeout)."
-                ) from None
-            time.sleep(0.2)
+            problem = error
+        time.sleep(0.1)
+    if answer == b"wait":
+        os._exit(1)  # others are missing; process 0 says which
+    if not answer:
+        raise UserError(
+            f"{NODE} got no answer from process 0 at {host}:{port} within {timeout:.0f} s ({problem}): look above for "
+            "why process 0 ended; if it did not, the port is closed between the nodes or used by another job (choose "
+            "one with JAX_COORDINATOR_PORT), or it starts slowly (--start_timeout)."
+        )
 
 
 def process_id() -> int:
@@ -252,7 +273,7 @@ def fail(message: str, code: int) -> NoReturn:
     client, is_first = distributed.global_state.client, True
     if client:
         state = distributed.global_state
-        message = f"process {state.process_id} of {state.num_processes} on {socket.gethostname()}: {message}"
+        message = f"process {state.process_id} of {state.num_processes} on {NODE}: {message}"
         try:
             client.key_value_set(FAILURE, message)
         except jax.errors.JaxRuntimeError as error:

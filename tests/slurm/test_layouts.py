@@ -1,0 +1,69 @@
+"""The same run on any number of nodes and processes."""
+
+import pytest
+from real_slurm import TINY, wait_until
+
+from vit_nabirds.monitor import read_evaluations, read_metrics
+
+
+def trace(workdir) -> dict[int, tuple[int, float]]:
+    """Checksum of the batch and loss by step; no step twice."""
+    lines = [line for line in read_metrics(workdir / "metrics.jsonl") if "train/loss" in line]
+    steps = {line["step"]: (line["records"], line["train/loss"]) for line in lines}
+    assert len(steps) == len(lines)
+    return steps
+
+
+def assert_same(ours, theirs):
+    assert list(ours) == list(theirs)
+    assert [records for records, _ in ours.values()] == [records for records, _ in theirs.values()]
+    assert [loss for _, loss in ours.values()] == pytest.approx([loss for _, loss in theirs.values()], rel=1e-4)
+
+
+def arguments(prepared, workdir):
+    # A rate at which the rounding of one layout or another does not grow into another run.
+    return [TINY, f"--config.data.root={prepared}", f"--workdir={workdir}", "--config.epochs=12",
+            "--config.evaluate.every=10 steps", "--config.optimizer.learning_rate=0.001"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one_process(slurm, prepared, tmp_path_factory):
+    """60 steps of one process that has two devices."""
+    workdir = tmp_path_factory.mktemp("one")
+    run = slurm.train(1, 1, *arguments(prepared, workdir), "--config.cpu_devices=2")
+    assert run.returncode == 0, run.stderr
+    return workdir
+
+
+@pytest.mark.parametrize("nodes, tasks", [(2, 2), (1, 2)])
+def test_two_tasks_train_as_one_process_with_two_devices(slurm, one_process, prepared, tmp_path, nodes, tasks):
+    run = slurm.train(nodes, tasks, *arguments(prepared, tmp_path))
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("finished: ") == 1  # one process writes
+    assert "2 cpu device(s) of 2 process(es)" in run.stderr
+    assert_same(trace(tmp_path), trace(one_process))
+    assert read_evaluations(tmp_path / "metrics.jsonl")[60]["test/examples"] == 15
+
+
+def test_a_run_moves_over_one_two_four_and_one_processes(slurm, one_process, prepared, tmp_path):
+    """Preempted on each layout; the 15 test images divide by none of them."""
+    workdir, log = tmp_path / "run", tmp_path / "log"
+    for nodes, tasks in [(1, 1), (2, 1), (2, 2), (1, 1)]:
+        before = last_step(workdir)
+        resources = [f"--nodes={nodes}", f"--ntasks-per-node={tasks}", "--cpus-per-task=1", "--no-requeue"]
+        training = [*arguments(prepared, workdir), "--config.checkpoint.every=2 steps"]
+        job = slurm.submit("launch/train.sbatch", *resources, f"--output={log}", "--", *training)
+        if before < 33:
+            wait_until(lambda: last_step(workdir) > before + 5, 120, job.log)  # noqa: B023
+            slurm.run("scancel", "--signal=TERM", job.number)
+        job.wait(120)
+    assert job["JobState"] == "COMPLETED", job.log()
+    assert [f"of {n} process(es)" in job.log() for n in (1, 2, 4)] == [True] * 3
+    assert job.log().count("s after the signal") == 3
+    assert_same(trace(workdir), trace(one_process))
+    evaluations = read_evaluations(workdir / "metrics.jsonl")
+    assert [evaluation["test/examples"] for evaluation in evaluations.values()] == [15] * 6
+
+
+def last_step(workdir) -> int:
+    return max((line["step"] for line in read_metrics(workdir / "metrics.jsonl")), default=0)
