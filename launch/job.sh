@@ -36,8 +36,8 @@ if [ -n "${STAGE:-}" ]; then
     training+=("--config.data.root=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/$(basename "$STAGE" .tar)")
     [ -f "$STAGE" ] || die "STAGE=$STAGE is not a file: make it with tar -cf $STAGE -C FOLDER_ABOVE PREPARED_FOLDER."
 fi
-# A failing process ends the others itself, with its own message; srun does only when that takes over a minute.
-step=(srun ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=0 --wait=60)
+# A failing process ends the others itself, with its own message; srun does when that takes over half a minute.
+step=(srun ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=0 --wait=30)
 
 if [ $submitting = yes ]; then
     if [ $dry_run = yes ]; then
@@ -82,7 +82,7 @@ fi
 # A job that ends by itself inside the grace time of its preemption is not queued again by Slurm; one that was
 # cancelled, or that Slurm has queued again, is not running any more.
 if [ "$(squeue --noheader --job="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
-    echo "queued again, to go on from step ${newest:-0}"
+    echo "asking Slurm for another turn, to go on from step ${newest:-0}"
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit $code

@@ -102,7 +102,7 @@ class Slurm:
         return subprocess.run(list(map(str, command)), env=self.environment, capture_output=True, text=True, **options)
 
     def srun(self, nodes: int, tasks: int, *command, **options) -> subprocess.CompletedProcess:
-        layout = (f"--nodes={nodes}", f"--ntasks={tasks}", "--kill-on-bad-exit=0", "--wait=60")
+        layout = (f"--nodes={nodes}", f"--ntasks={tasks}", "--kill-on-bad-exit=0", "--wait=30")
         return self.run("srun", *layout, *command, timeout=180, **options)
 
     def train(self, nodes: int, tasks: int, *arguments) -> subprocess.CompletedProcess:
