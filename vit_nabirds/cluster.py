@@ -308,8 +308,7 @@ def fail_unexpectedly(error: BaseException) -> NoReturn:
     if is_alone():
         raise error
     time.sleep(3)  # `_end_with_the_first` ends this process if another has failed
-    lost = re.search(r"gloo|nccl|connection|heartbeat|coordination|unavailable", str(error), re.IGNORECASE)
-    if isinstance(error, jax.errors.JaxRuntimeError) and lost:
+    if re.search(r"gloo|nccl|coordination|heartbeat|closed by peer", str(error), re.IGNORECASE):
         fail(
             f"another process was lost without a word, killed or out of memory ({_first_line(error)}): see what srun "
             "says of it, or `sacct -j JOB`. The same command goes on from the last checkpoint.",

@@ -140,7 +140,8 @@ class Job:
         return self["JobState"]
 
     def log(self) -> str:
-        return Path(self["StdOut"]).read_text()
+        file = Path(self["StdOut"])
+        return file.read_text() if file.exists() else ""
 
     def processes(self) -> list[int]:
         """The training's processes, in the order of their ranks."""

@@ -80,11 +80,3 @@ def test_a_job_that_is_hit_again_and_again_trains_as_one_that_is_not(slurm, prep
     ]
     assert timeless[0] == timeless[1]  # bit for bit: losses, gradient norms, records, evaluations
     assert (workdir / "results.json").read_text() == (undisturbed / "results.json").read_text()
-
-
-def test_a_job_out_of_time_is_queued_again(slurm, prepared, tmp_path):
-    """Slurm signals it half a minute before its limit of one; it goes on until it is done."""
-    job = submit(slurm, prepared, tmp_path / "run", tmp_path / "log", "--time=1", "--signal=TERM@30")
-    assert job.wait(300) == "COMPLETED", job.log()
-    assert int(job["Restarts"]) > 0
-    assert "s after the signal" in job.log()

@@ -1,13 +1,27 @@
-"""What goes wrong on one process of several is said once, clearly and soon, and ends them all."""
+"""What goes wrong on one process is said once, clearly and soon, and ends them all; but for a job out of time."""
 
+import os
+import shutil
+import signal
 import sys
 import time
 
 import pytest
-from real_slurm import REPOSITORY, TINY
+from real_slurm import REPOSITORY, TINY, wait_until
 
 PYTHON_MAIN = f"{sys.executable} {REPOSITORY / 'main.py'} train {TINY} --start_timeout=10"
 ON_RANK_1 = "[ $SLURM_PROCID = 1 ] &&"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def job_with_a_minute(slurm, prepared, tmp_path_factory):
+    """Started before the other tests, which mostly wait, for it takes two minutes."""
+    folder = tmp_path_factory.mktemp("minute")
+    return slurm.submit(
+        "launch/train.sbatch", "--nodes=2", "--cpus-per-task=1", f"--output={folder / 'log'}", "--time=1",
+        "--signal=TERM@30", "--", TINY, f"--config.data.root={prepared}", f"--workdir={folder / 'run'}",
+        "--config.epochs=60", "--config.checkpoint.every=5 steps",
+    )  # fmt: skip
 
 
 def start(slurm, prepared, workdir, script, nodes=2):
@@ -34,15 +48,13 @@ def start(slurm, prepared, workdir, script, nodes=2):
          "--coordinator=ADDRESS:PORT."),
         (f"{ON_RANK_1} DATA=--config.data.root=$PWD/copy; $TRAIN $DATA", "process 1 of 2 on 127.0.0.2: "),
         ("$TRAIN --config.batch_size=9", "config.batch_size is 9, which 2 devices cannot share equally"),
-        (f"{ON_RANK_1} cd $PWD/elsewhere; $TRAIN --workdir=run", "is not the same folder on all nodes"),
     ],
-    ids=["configuration", "package", "death in start-up", "no coordinator", "no such host", "data", "batch", "workdir"],
+    ids=["configuration", "package", "death in start-up", "no coordinator", "no such host", "data", "batch"],
 )  # fmt: skip
 def test_one_message_and_exit_code_1(slurm, prepared, tmp_path, monkeypatch, script, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other" / "optax-0.0.1.dist-info").mkdir(parents=True)
     (tmp_path / "other" / "optax-0.0.1.dist-info" / "METADATA").write_text("Name: optax\nVersion: 0.0.1\n")
-    (tmp_path / "elsewhere").mkdir()
     code, lines = start(slurm, prepared, tmp_path / "run", script)
     assert code == 1
     errors = [line for line in lines if line.startswith("error: ")]
@@ -51,13 +63,51 @@ def test_one_message_and_exit_code_1(slurm, prepared, tmp_path, monkeypatch, scr
     assert not (tmp_path / "run").exists()
 
 
+def test_a_workdir_that_is_not_shared(slurm, prepared, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    code, lines = start(slurm, prepared, "run", f"{ON_RANK_1} cd elsewhere; $TRAIN")
+    assert code == 1 and len(lines) == 1 and "run is not the same folder on all nodes" in lines[0]
+
+
 def test_a_wrong_flag_is_told_once(slurm, prepared, tmp_path):
     code, lines = start(slurm, prepared, tmp_path / "run", "$TRAIN --config.optimiser=adamw")
     assert code == 2 and len(lines) == 1 and "did you mean 'optimizer" in lines[0]
 
 
-def test_a_process_that_is_killed_ends_the_others_with_a_word(slurm, prepared, tmp_path):
-    script = f"{ON_RANK_1} (sleep 14; pkill -9 -f {tmp_path}.*SECOND) & "
-    script += f"{ON_RANK_1} NAME=--config.data.workers=-1; $TRAIN --config.epochs=4000 $NAME"
-    code, lines = start(slurm, prepared, tmp_path / "run", script)
-    assert code == 137
+def damage_an_image(job, prepared):
+    for image in prepared.glob("cleaned_images/*/*"):
+        image.write_bytes(b"no image")
+
+
+@pytest.mark.parametrize(
+    "happens, message, code",
+    [
+        (
+            lambda job, _: os.kill(job.processes()[1], signal.SIGKILL),
+            "another process was lost without a word",
+            "137:0",
+        ),
+        (damage_an_image, "cannot be read (", "1:0"),
+    ],
+    ids=["killed", "damaged image"],
+)
+def test_a_process_that_ends_in_training_ends_all_with_one_message(slurm, prepared, tmp_path, happens, message, code):
+    shutil.copytree(prepared, tmp_path / "birds")
+    job = slurm.submit(
+        "launch/train.sbatch", "--nodes=2", "--cpus-per-task=1", f"--output={tmp_path / 'log'}", "--no-requeue",
+        "--", TINY, f"--config.data.root={tmp_path / 'birds'}", f"--workdir={tmp_path / 'run'}", "--config.epochs=4000",
+    )  # fmt: skip
+    wait_until(lambda: "step 5/" in job.log(), 60, job.log)
+    happens(job, tmp_path / "birds")
+    assert job.wait(45) == "FAILED" and job["ExitCode"] == code
+    errors = [line for line in job.log().splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0], job.log()[-3000:]
+    assert "Traceback" not in job.log()
+
+
+def test_a_job_out_of_time_is_queued_again_until_it_is_done(job_with_a_minute):
+    """Slurm signals it half a minute before its limit of one."""
+    job = job_with_a_minute
+    assert job.wait(300) == "COMPLETED", job.log()
+    assert int(job["Restarts"]) > 0 and "s after the signal" in job.log()
