@@ -20,7 +20,7 @@ def job_with_a_minute(slurm, prepared, tmp_path_factory):
     return slurm.submit(
         "launch/train.sbatch", "--nodes=2", "--cpus-per-task=1", f"--output={folder / 'log'}", "--time=1",
         "--signal=TERM@30", "--", TINY, f"--config.data.root={prepared}", f"--workdir={folder / 'run'}",
-        "--config.epochs=60", "--config.checkpoint.every=5 steps",
+        "--config.epochs=40", "--config.checkpoint.every=5 steps",
     )  # fmt: skip
 
 

@@ -1,0 +1,76 @@
+"""The scripts of launch/, without a Slurm: what they would submit, and what they refuse."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+TRAINING = ["--", "--config=configs/birds60.py", "--workdir=runs/my birds"]
+
+
+def launch(*command, **environment):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
+    return subprocess.run(command, cwd=REPOSITORY, env=kept | environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("job", ["train", "train_by_node"])
+def test_a_dry_run_shows_what_would_be_submitted(job):
+    options = ["--dry-run", "--nodes=3", "--time=1:00:00"]
+    shown = launch(f"launch/{job}.sbatch", *options, *TRAINING, SBATCH_ACCOUNT="def-birds")
+    assert shown.returncode == 0, shown.stderr
+    for line in (
+        f" sbatch --nodes=3 --time=1:00:00 launch/{job}.sbatch --config=configs/birds60.py --workdir=runs/my\\ birds",
+        "  --nodes=3", "  --time=1:00:00", "  --account=def-birds", "  --ntasks-per-node=1", "  --signal=TERM@180",
+        "  --requeue", "  --open-mode=append", "  --output=%x-%j.log",
+    ):  # fmt: skip
+        assert line in shown.stdout.splitlines()
+    assert shown.stdout.count("--nodes=") == 2 and "python main.py train --config=configs/birds60.py" in shown.stdout
+
+
+def test_a_sweep_has_a_job_and_a_workdir_for_each_rate():
+    shown = launch("launch/sweep.sbatch", "--dry-run", *TRAINING, RATES="0.001 1e-4 1e-5").stdout
+    assert "  --array=0-2" in shown.splitlines() and "--output=%x-%A_%a.log" in shown
+    assert "--config.optimizer.learning_rate=0.001 --workdir=runs/my\\ birds/learning_rate=0.001" in shown
+    assert "set the learning rates" in launch("launch/sweep.sbatch", "--dry-run", *TRAINING).stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--nodes=2"], "usage: launch/train.sbatch"),
+        (["-N", "2", *TRAINING], "write sbatch's options like --nodes=2"),
+        (["--", "--config=configs/birds60.py"], "give the training a --workdir=DIR"),
+    ],
+)
+def test_what_cannot_be_submitted_is_told(arguments, message):
+    refused = launch("launch/train.sbatch", *arguments)
+    assert refused.returncode == 2 and message in refused.stderr
+
+
+def test_data_are_staged_once_on_a_node(prepared, tmp_path):
+    archive, disk = tmp_path / "prepared.tar", tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["tar", "-cf", archive, "-C", prepared.parent, prepared.name], check=True)
+    stage = ["launch/stage_data.sh", str(archive)]
+    tasks = [
+        subprocess.Popen(stage, cwd=REPOSITORY, env=os.environ | {"SLURM_TMPDIR": str(disk)}, stdout=subprocess.PIPE)
+        for _ in range(4)
+    ]
+    said = [task.communicate()[0].decode() for task in tasks]
+    assert all(task.returncode == 0 for task in tasks)
+    assert sum("is unpacked in" in text for text in said) == 1
+    assert (disk / prepared.name / "metadata.parquet").read_bytes() == (prepared / "metadata.parquet").read_bytes()
+    other = launch(*stage[:1], str(archive).replace("prepared.tar", "none.tar"), SLURM_TMPDIR=str(disk))
+    assert other.returncode != 0
+
+
+def test_tensorboard_listens_to_this_machine_alone(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "activate").write_text(f"PATH={tmp_path / 'bin'}:$PATH")
+    (tmp_path / "bin" / "tensorboard").write_text('#!/bin/sh\necho "$@"')
+    (tmp_path / "bin" / "tensorboard").chmod(0o755)
+    shown = launch("launch/tensorboard.sh", str(tmp_path), "6007", VENV=str(tmp_path), USER="ann").stdout
+    assert "ssh -N -L 6007:localhost:6007 ann@" in shown
+    assert f"--logdir={tmp_path} --host=localhost --port=6007" in shown
