@@ -1,6 +1,6 @@
 # Two commands from a fresh clone, with nothing but Python >= 3.11, pip and make:
 #   make demo   trains the demonstration
-#   make test   runs the tests
+#   make test   runs the tests; make test-slurm those that start a Slurm of their own
 PYTHON ?= python3
 VENV ?= .venv
 
@@ -8,7 +8,10 @@ demo: $(VENV)/ready
 	$(VENV)/bin/python main.py
 
 test: $(VENV)/ready
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --ignore=tests/slurm
+
+test-slurm: $(VENV)/ready
+	$(VENV)/bin/python -m pytest tests/slurm
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
@@ -20,4 +23,4 @@ $(VENV)/ready: requirements.lock
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	touch $@
 
-.PHONY: demo test lint
+.PHONY: demo test test-slurm lint

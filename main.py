@@ -38,12 +38,12 @@ def cluster_flags() -> None:
 
 
 def join_processes() -> None:
-    from vit_nabirds import cluster
+    from vit_nabirds import cluster, processes
 
     cluster.join(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, FLAGS.start_timeout)
-    if not cluster.is_writer():
+    if not processes.is_writer():
         logging.getLogger("vit_nabirds").setLevel(logging.ERROR)
-    cluster.check_same_program(FLAGS.config.to_dict() if "config" in FLAGS else {})
+    processes.check_same_program(FLAGS.config.to_dict() if "config" in FLAGS else {})
 
 
 def train_flags() -> None:
@@ -146,7 +146,7 @@ def run(_argv: list[str]) -> int:
 
 
 def fail(message: str, code: int) -> None:
-    if processes := sys.modules.get("vit_nabirds.cluster"):
+    if processes := sys.modules.get("vit_nabirds.processes"):
         processes.fail(message, code)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_nabirds import cluster
+from vit_nabirds import devices
 from vit_nabirds.augment import Normalization, augment, to_float, zscore
 from vit_nabirds.train import step_keys
 
@@ -23,9 +23,9 @@ def test_each_record_and_step_has_its_own_draw():
 def test_draws_are_the_same_on_any_number_of_devices():
     images = np.random.default_rng(1).integers(0, 256, (8, 12, 12, 3), np.uint8)
     key = step_keys(3, 5)[0]
-    mesh = cluster.make_mesh()
+    mesh = devices.make_mesh()
     assert mesh.size == 2
-    split = cluster.to_devices({"image": images}, mesh)["image"]
+    split = devices.to_devices({"image": images}, mesh)["image"]
     compiled = jax.jit(augment, static_argnums=2)
     np.testing.assert_allclose(compiled(split, key, 8), compiled(jnp.asarray(images), key, 8), atol=1e-6)
 

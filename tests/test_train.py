@@ -14,7 +14,7 @@ import polars as pl
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vit_nabirds import checkpoint, cluster, train
+from vit_nabirds import checkpoint, devices, train
 from vit_nabirds.augment import Normalization, augment
 from vit_nabirds.errors import UserError
 from vit_nabirds.evaluate import evaluate_run, make_eval_step
@@ -37,14 +37,14 @@ def params_of(workdir, step):
 
 def before_step(monkeypatch, step, do):
     """Do something between this step and the one before it."""
-    ask, polls = cluster.any_process, itertools.count()
+    ask, polls = devices.any_process, itertools.count()
 
     def asking(mesh, *flags):
         if len(flags) == 2 and next(polls) == step:  # the first poll of the training is before the loop
             do()
         return ask(mesh, *flags)
 
-    monkeypatch.setattr(cluster, "any_process", asking)
+    monkeypatch.setattr(devices, "any_process", asking)
 
 
 def stop_after(monkeypatch, step):

@@ -1,40 +1,24 @@
-"""The processes of a job: how they find each other and their devices, agree, and fail together."""
+"""The start of a job of several processes: which this one is, where the others are, and which devices are its own."""
 
 import atexit
 import contextlib
 import dataclasses
-import functools
 import glob
-import hashlib
-import importlib.metadata
-import json
 import os
-import platform
 import re
 import socket
-import sys
 import threading
 import time
-import traceback
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import NoReturn
+from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax._src import distributed  # for its key-value store, which has no public name
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vit_nabirds.config import flat
+from vit_nabirds import processes
 from vit_nabirds.errors import UserError
+from vit_nabirds.processes import NODE
 
 START_TIMEOUT = 45  # seconds for all processes to meet
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "dm-pix", "orbax-checkpoint", "numpy")  # that move results
-NODE = os.environ.get("SLURMD_NODENAME", socket.gethostname())
 JOB = f"{os.environ.get('SLURM_JOB_ID', 'none')}.{os.environ.get('SLURM_STEP_ID', 'none')}"
-FAILURE = "vit_nabirds/failure"  # key in the coordinator's store: which process failed first
-LONG = 24 * 3600 * 1000  # milliseconds; a peer that fails meanwhile ends the wait
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +115,7 @@ def start(place: Place, timeout: int = START_TIMEOUT) -> None:
         heartbeat_timeout_seconds=60,
     )
     ended = threading.Event()
-    watcher = threading.Thread(target=_end_with_the_first, args=[ended], daemon=True)
+    watcher = threading.Thread(target=processes.end_with_the_first, args=[ended], daemon=True)
     watcher.start()
     atexit.register(watcher.join)
     atexit.register(ended.set)  # the last registered is the first to run
@@ -196,167 +180,3 @@ def _report_to_first(process_id: int, host: str, port: int, timeout: float) -> N
             "why process 0 ended; if it did not, the port is closed between the nodes or used by another job (choose "
             "one with JAX_COORDINATOR_PORT), or it starts slowly (--start_timeout)."
         )
-
-
-def process_id() -> int:
-    """This process's number, also before JAX has touched a device."""
-    return distributed.global_state.process_id
-
-
-def is_writer() -> bool:
-    """Whether this process is the one that writes logs, events and configuration."""
-    return process_id() == 0
-
-
-def is_alone() -> bool:
-    return distributed.global_state.client is None
-
-
-def wait_for_all(name: str) -> None:
-    """Go on when all processes have come to the point of this name."""
-    if not is_alone():
-        distributed.global_state.client.wait_at_barrier(f"vit_nabirds/{name}", LONG)
-
-
-@contextlib.contextmanager
-def writer_first(name: str) -> Iterator[None]:
-    """The other processes enter when the writer has left: it makes or fetches what all then read."""
-    if not is_writer():
-        wait_for_all(name)
-    yield
-    if is_writer():
-        wait_for_all(name)
-
-
-def check_same_program(config: dict) -> None:
-    """Raise UserError in a process that runs other code, other packages or another configuration than process 0."""
-    if is_alone():
-        return
-    code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))))
-    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
-    environment = packages | {"python": platform.python_version(), "vit_nabirds": code.hexdigest()[:12]}
-    check_agreement("the environment", environment, "Use one environment and one checkout on storage that all share.")
-    # The data may lie elsewhere on each node; their fingerprints are compared.
-    fields = {f"config.{field}": value for field, value in flat(config).items() if field != "data.root"}
-    check_agreement("the configuration", fields, "Start all processes with the same command.")
-
-
-def check_agreement(name: str, mine: dict, remedy: str) -> None:
-    """Raise UserError in a process whose values differ from those of process 0; no process goes on before all agree."""
-    if is_alone():
-        return
-    client, key = distributed.global_state.client, f"vit_nabirds/{name}"
-    mine = json.loads(json.dumps(mine))
-    if is_writer():
-        client.key_value_set(key, json.dumps(mine))
-    else:
-        first = json.loads(client.blocking_key_value_get(key, LONG))
-        differing = [field for field in sorted(first | mine) if first.get(field) != mine.get(field)]
-        if differing:
-            what = "; ".join(f"{x} is {mine.get(x)!r} here and {first.get(x)!r} there" for x in differing[:5])
-            raise UserError(f"{name} differs from that of process 0: {what}. {remedy}")
-    wait_for_all(f"{name} agreed")
-
-
-def check_shared(file: Path) -> None:
-    """Raise UserError in a process that cannot see what the writer has written."""
-    wait_for_all(f"{file} written")
-    for _ in range(100):  # network file systems take a moment
-        if file.exists():
-            return
-        time.sleep(0.1)
-    raise UserError(f"{file.parent} is not the same folder on all nodes: give a --workdir on storage that they share.")
-
-
-def fail(message: str, code: int) -> NoReturn:
-    """Show the message and end all processes of the job; of several that fail, the first one's is shown."""
-    client, is_first = distributed.global_state.client, True
-    if client:
-        state = distributed.global_state
-        message = f"process {state.process_id} of {state.num_processes} on {NODE}: {message}"
-        try:
-            client.key_value_set(FAILURE, message)
-        except jax.errors.JaxRuntimeError as error:
-            is_first = "ALREADY_EXISTS" not in str(error)
-    if is_first:
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    if client and is_writer():
-        time.sleep(2)  # the others hear of it from this process
-    if client:
-        os._exit(code)  # what JAX does at exit would wait for the others
-    sys.exit(code)
-
-
-def _end_with_the_first(ended: threading.Event) -> None:
-    """Look for the news that a process has failed, and end: it has said why."""
-    while not ended.wait(0.5):
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # no such news
-            distributed.global_state.client.key_value_try_get(FAILURE)
-            if is_writer():
-                time.sleep(1)  # the others hear of it from this process
-            os._exit(1)
-
-
-def end_unless_told(_type, error: BaseException | None, _traceback) -> None:
-    """An exit callback: after an error that nobody foresaw, do not wait for the other processes in clean-up."""
-    if error is not None and not is_alone() and not isinstance(error, UserError | OSError):
-        fail_unexpectedly(error)
-
-
-def fail_unexpectedly(error: BaseException) -> NoReturn:
-    """End after an error that may be the consequence of another process's, whose message then is the one to show."""
-    if is_alone():
-        raise error
-    time.sleep(3)  # `_end_with_the_first` ends this process if another has failed
-    if re.search(r"gloo|nccl|coordination|heartbeat|closed by peer", str(error), re.IGNORECASE):
-        fail(
-            f"another process was lost without a word, killed or out of memory ({_first_line(error)}): see what srun "
-            "says of it, or `sacct -j JOB`. The same command goes on from the last checkpoint.",
-            1,
-        )
-    fail("".join(traceback.format_exception(error)), 1)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:200]
-
-
-def split_cpu(devices: int) -> None:
-    """Let the CPU count as several devices where there is no accelerator; before JAX touches a device."""
-    in_flags = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if not in_flags and jax.config.jax_num_cpu_devices != devices:
-        jax.config.update("jax_num_cpu_devices", devices)
-
-
-def make_mesh() -> Mesh:
-    """All devices of all processes on the one axis `data`."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
-
-
-def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This host's block of a batch -> arrays of the global batch, sharded on `data`."""
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    return {name: jax.make_array_from_process_local_data(sharding, block) for name, block in batch.items()}
-
-
-def any_process(mesh: Mesh, *flags: bool) -> np.ndarray | jax.Array:
-    """For each flag whether any process raises it: computed on the devices, in turn with their other work."""
-    if jax.process_count() == 1:
-        return np.array(flags)
-    array, maximum = _flags(mesh, flags)
-    return maximum(array)
-
-
-@functools.cache
-def _flags(mesh: Mesh, flags: tuple[bool, ...]) -> tuple:
-    rows = np.tile(np.array(flags, np.int32), (jax.local_device_count(), 1))
-    return to_devices({"flags": rows}, mesh)["flags"], _maximum(mesh)
-
-
-@functools.cache
-def _maximum(mesh: Mesh):
-    return jax.jit(lambda rows: jnp.max(rows, axis=0), out_shardings=replicated(mesh))

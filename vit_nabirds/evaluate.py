@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from vit_nabirds import checkpoint, cluster, data, model, monitor, preemption
+from vit_nabirds import checkpoint, data, devices, model, monitor, preemption, processes
 from vit_nabirds.augment import Normalization, to_float, zscore
 from vit_nabirds.errors import UserError
 
@@ -54,11 +54,11 @@ def evaluate(
     batch_size = -(-batch_size // mesh.size) * mesh.size
     shard = grain.sharding.ShardByJaxProcess(drop_remainder=True)
     zero, zeros = np.zeros((), np.float32), np.zeros(num_classes, np.float32)
-    totals = jax.device_put({"loss": zero, "top1": zeros, "top5": zero, "examples": zeros}, cluster.replicated(mesh))
+    totals = jax.device_put({"loss": zero, "top1": zeros, "top5": zero, "examples": zeros}, devices.replicated(mesh))
     with contextlib.closing(data.test_batches(photographs, batch_size, workers, shard)) as batches:
         for batch in batches:
-            stopping = cluster.any_process(mesh, stop.requested)
-            batch = cluster.to_devices(batch, mesh)
+            stopping = devices.any_process(mesh, stop.requested)
+            batch = devices.to_devices(batch, mesh)
             if np.asarray(stopping)[0]:
                 return None
             jax.block_until_ready(totals)  # or the host would run ahead and hold the whole split on the devices
@@ -98,8 +98,8 @@ def evaluate_run(workdir: Path, step: int | None = None, root: str | None = None
         raise UserError(
             f"{workdir / 'config.json'} is damaged: run the training's command again to write it anew."
         ) from None
-    cluster.split_cpu(cpu_devices)  # before Orbax asks for devices
-    mesh = cluster.make_mesh()
+    devices.split_cpu(cpu_devices)  # before Orbax asks for devices
+    mesh = devices.make_mesh()
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", read_only=True)
     steps = checkpoints.steps
     if not steps:
@@ -121,7 +121,7 @@ def evaluate_run(workdir: Path, step: int | None = None, root: str | None = None
     data.check_sizes(photographs, photographs, about.architecture["img_size"])
 
     graphdef, like = model.describe(about.architecture, num_classes, config["compute_dtype"])
-    like = checkpoint.placed(like, cluster.replicated(mesh))
+    like = checkpoint.placed(like, devices.replicated(mesh))
     params = checkpoints.restore(step, {"params": like})["params"]
     checkpoints.close()
     log.info("evaluating the checkpoint of step %d on %d images of %s", step, len(photographs), root)
@@ -135,6 +135,6 @@ def evaluate_run(workdir: Path, step: int | None = None, root: str | None = None
     log.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     if data.fingerprint(table) != about.fingerprint:
         log.warning("%s has other records than the training had: results.json is left as it is", root)
-    elif cluster.is_writer():
+    elif processes.is_writer():
         write_results(workdir / "results.json", step, metrics)
     return 0

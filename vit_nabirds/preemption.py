@@ -6,7 +6,7 @@ import threading
 import time
 from typing import Self
 
-from vit_nabirds import cluster
+from vit_nabirds import processes
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request with everything saved; run the same command again to go on
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -47,7 +47,7 @@ class StopRequest:
                 continue
             if not self.requested:
                 self.requested, self.since = True, time.monotonic()
-                if cluster.is_writer():
+                if processes.is_writer():
                     os.write(2, b"stopping at the next safe point; a second signal stops at once\n")
             elif time.monotonic() - self.since > 1:
                 os._exit(1)

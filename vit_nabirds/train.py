@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from vit_nabirds import checkpoint, cluster, data, model, optimizer, preemption, weights
+from vit_nabirds import checkpoint, data, devices, model, optimizer, preemption, processes, weights
 from vit_nabirds import config as config_lib
 from vit_nabirds.augment import Normalization, augment, zscore
 from vit_nabirds.errors import UserError
@@ -94,8 +94,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
 
         # Configuration and devices
         config_lib.check(config)
-        cluster.split_cpu(config.cpu_devices)
-        mesh = cluster.make_mesh()
+        devices.split_cpu(config.cpu_devices)
+        mesh = devices.make_mesh()
         if config.batch_size % mesh.size:
             raise UserError(
                 f"config.batch_size is {config.batch_size}, which {mesh.size} devices cannot share equally: choose a "
@@ -105,7 +105,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         # Data
         root = Path(config.data.root)
         if config.data.synthetic:
-            with cluster.writer_first("drawing"):
+            with processes.writer_first("drawing"):
                 prepare_synthetic(root, config.model.image_size)
         table = data.read_table(root)
         species, fingerprint = data.species_names(table), data.fingerprint(table)
@@ -122,7 +122,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         if resumed:
             architecture, normalization, backbone = about.architecture, about.normalization, {}
         else:
-            with cluster.writer_first("pretrained weights"):
+            with processes.writer_first("pretrained weights"):
                 architecture, normalization, backbone = weights.load_pretrained(config)
         config = config_lib.resolve(config, architecture)
         if resumed:
@@ -136,7 +136,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         tx = optimizer.make_optimizer(config, schedule)
 
         evaluations = {s: m for s, m in read_evaluations(workdir / "metrics.jsonl").items() if s <= start}
-        cluster.check_agreement(
+        processes.check_agreement(
             "what the run starts from",
             {"data": fingerprint, "step": start, "evaluated": list(evaluations), "devices": jax.local_device_count()},
             f"All nodes must see the same data and the same {workdir}, and have equally many devices.",
@@ -149,17 +149,17 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
 
         # State: all is known to be right, and from here on the run writes
         workdir.mkdir(parents=True, exist_ok=True)
-        if cluster.is_writer():
+        if processes.is_writer():
             checkpoint.write_json(workdir / "config.json", about.config)
-        cluster.check_shared(workdir / "config.json")
+        processes.check_shared(workdir / "config.json")
         checkpoints = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(workdir / "checkpoints")))
         if resumed:
-            like = checkpoint.placed(jax.eval_shape(initial_state, backbone), cluster.replicated(mesh))
+            like = checkpoint.placed(jax.eval_shape(initial_state, backbone), devices.replicated(mesh))
             state = checkpoints.restore(start, like)
         else:
-            state = jax.jit(initial_state, out_shardings=cluster.replicated(mesh))(backbone)
+            state = jax.jit(initial_state, out_shardings=devices.replicated(mesh))(backbone)
         del backbone
-        monitor = stack.enter_context(contextlib.closing(Monitor(workdir, start, total_steps, cluster.is_writer())))
+        monitor = stack.enter_context(contextlib.closing(Monitor(workdir, start, total_steps, processes.is_writer())))
         monitor.text("config", f"```\n{json.dumps(about.config, indent=2)}\n```")
         checkpoints.best_step = checkpoint.best_step(evaluations, checkpoints.steps)
         log.info(
@@ -171,7 +171,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         )  # fmt: skip
 
         # The loop
-        stack.push(cluster.end_unless_told)
+        stack.push(processes.end_unless_told)
         train_step = make_train_step(graphdef, tx, schedule, trainable, normalization, image_size, config.seed)
         eval_step = make_eval_step(graphdef, normalization)
         evaluate_every = config_lib.Duration.parse(config, "evaluate.every").in_steps(steps_per_epoch)
@@ -189,13 +189,13 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         def next_batch() -> dict[str, jax.Array]:
             with throughput.waiting():
                 batch = next(host_batches)
-            if step == start and cluster.is_writer():
+            if step == start and processes.is_writer():
                 shown = jax.jit(augment, static_argnums=2)(
                     jnp.asarray(batch["image"][:16]), step_keys(config.seed, step)[0], image_size
                 )
                 captions = table[batch["row"][:16].tolist()].select("species_name", "photographer").rows()
                 monitor.images("train/augmented", step, np.asarray(shown), captions)
-            return cluster.to_devices(batch, mesh)
+            return devices.to_devices(batch, mesh)
 
         def report(keep: int) -> None:
             """Report the steps that are not yet, but the `keep` newest; it waits for those to be done."""
@@ -232,8 +232,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
 
         def requests() -> np.ndarray | jax.Array:
             """Whether any process is asked to stop, and whether the clock of the writer asks to save: a promise."""
-            by_clock = save_period.minutes is not None and cluster.is_writer()
-            return cluster.any_process(
+            by_clock = save_period.minutes is not None and processes.is_writer()
+            return devices.any_process(
                 mesh, stop.requested, by_clock and time.monotonic() - saved_at >= 60 * save_period.minutes
             )
 
@@ -266,7 +266,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         when = f" {time.monotonic() - stop.since:.1f} s after the signal" if stop.requested else ""
         log.info("stopped at step %d of %d, all saved%s: run the same command again to go on", step, total_steps, when)
         return preemption.EXIT_STOPPED
-    if cluster.is_writer():
+    if processes.is_writer():
         write_results(workdir / "results.json", step, evaluations[step])
     log.info(
         "finished: accuracy %.4f on %d test images; best checkpoint: step %d\n"
