@@ -75,8 +75,18 @@ def test_a_wrong_flag_is_told_once(slurm, prepared, tmp_path):
     assert code == 2 and len(lines) == 1 and "did you mean 'optimizer" in lines[0]
 
 
-def damage_an_image(job, prepared):
-    for image in prepared.glob("cleaned_images/*/*"):
+def training_on(slurm, birds, workdir, log):
+    """A job on two nodes that has come to step 5 of 20,000."""
+    job = slurm.submit(
+        "launch/train.sbatch", "--nodes=2", "--cpus-per-task=1", f"--output={log}", "--",
+        TINY, f"--config.data.root={birds}", f"--workdir={workdir}", "--config.epochs=4000",
+    )  # fmt: skip
+    wait_until(lambda: "step 5/" in job.log(), 60, job.log)
+    return job
+
+
+def damage_images(_job, birds):
+    for image in birds.glob("cleaned_images/*/*"):
         image.write_bytes(b"no image")
 
 
@@ -88,22 +98,29 @@ def damage_an_image(job, prepared):
             "another process was lost without a word",
             "137:0",
         ),
-        (damage_an_image, "cannot be read (", "1:0"),
+        (damage_images, "cannot be read (", "1:0"),
     ],
-    ids=["killed", "damaged image"],
+    ids=["killed", "damaged images"],
 )
-def test_a_process_that_ends_in_training_ends_all_with_one_message(slurm, prepared, tmp_path, happens, message, code):
+def test_the_end_of_one_process_ends_all_with_one_message(
+    slurm, prepared, tmp_path, monkeypatch, happens, message, code
+):
+    monkeypatch.setitem(slurm.environment, "MAX_FRUITLESS", "0")
     shutil.copytree(prepared, tmp_path / "birds")
-    job = slurm.submit(
-        "launch/train.sbatch", "--nodes=2", "--cpus-per-task=1", f"--output={tmp_path / 'log'}", "--no-requeue",
-        "--", TINY, f"--config.data.root={tmp_path / 'birds'}", f"--workdir={tmp_path / 'run'}", "--config.epochs=4000",
-    )  # fmt: skip
-    wait_until(lambda: "step 5/" in job.log(), 60, job.log)
+    job = training_on(slurm, tmp_path / "birds", tmp_path / "run", tmp_path / "log")
     happens(job, tmp_path / "birds")
-    assert job.wait(45) == "FAILED" and job["ExitCode"] == code
-    errors = [line for line in job.log().splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and message in errors[0], job.log()[-3000:]
+    assert job.wait(45) == "FAILED" and job["ExitCode"] == code and job["Restarts"] == "0"
+    messages = [line for line in job.log().splitlines() if line.startswith("error: ")]
+    assert message in messages[0], job.log()[-3000:]
+    assert ["not queued again" in line for line in messages[1:]] == ([True] if code == "137:0" else [])
     assert "Traceback" not in job.log()
+
+
+def test_a_cancelled_job_saves_and_stays_cancelled(slurm, prepared, tmp_path):
+    job = training_on(slurm, prepared, tmp_path / "run", tmp_path / "log")
+    slurm.run("scancel", job.number)
+    assert job.wait(30) == "CANCELLED" and job["Restarts"] == "0"
+    assert "s after the signal" in job.log() and "another turn" not in job.log()
 
 
 def test_a_job_out_of_time_is_queued_again_until_it_is_done(job_with_a_minute):
