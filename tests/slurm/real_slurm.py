@@ -87,9 +87,10 @@ class Slurm:
         wait_until(lambda: self.run("sinfo", "-h", "-o", "%D %T").stdout.split() == ["4", "idle"], 60, self.logs)
 
     def stop(self) -> None:
-        if self._daemons:
-            self.run("scancel", f"--user={getpass.getuser()}")
-            self.run("scancel", "--signal=KILL", f"--user={getpass.getuser()}")
+        self.run("scancel", f"--user={getpass.getuser()}")
+        deadline = time.monotonic() + 40  # longer than KillWait
+        while self.run("squeue", "--noheader").stdout and time.monotonic() < deadline:
+            time.sleep(0.5)
         for daemon in reversed(self._daemons):
             daemon.terminate()
         for daemon in self._daemons:
@@ -97,6 +98,10 @@ class Slurm:
                 daemon.wait(timeout=20)
             except subprocess.TimeoutExpired:
                 daemon.kill()
+        for process in Path("/proc").glob("[0-9]*"):  # steps that have lost their daemon
+            with contextlib.suppress(OSError):
+                if f"SLURM_CONF={self.folder}/" in (process / "environ").read_text(errors="replace"):
+                    os.kill(int(process.name), signal.SIGKILL)
 
     def run(self, *command, **options) -> subprocess.CompletedProcess:
         return subprocess.run(list(map(str, command)), env=self.environment, capture_output=True, text=True, **options)
