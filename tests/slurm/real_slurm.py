@@ -3,6 +3,7 @@
 import contextlib
 import getpass
 import os
+import signal
 import socket
 import subprocess
 import sys
