@@ -9,7 +9,8 @@ usage: python main.py [train] [--config=FILE] [--workdir=DIR] [--config.x.y=valu
   evaluate  score a run's best checkpoint (or that of a step) on the test photographs
   help      print this; `python main.py COMMAND --help` explains a command's flags
 
-Exit codes: 0 finished; 75 stopped on request, all saved: run the same command again; 2 wrong usage; 1 other failure.
+Exit codes: 0 finished; 75 stopped on request, all saved: run the same command again; 128 + signal: a second signal, or
+killed: likewise, from the newest checkpoint; 2 wrong usage; 1 other failure.
 """
 
 import contextlib
@@ -140,9 +141,17 @@ def run(_argv: list[str]) -> int:
     except UserError as error:
         fail(str(error), EXIT_FAILED)
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise
-        fail(str(error), EXIT_FAILED)
+        if error.errno in (errno.EACCES, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            fail(str(error), EXIT_FAILED)
+        unexpected(error)
+    except Exception as error:
+        unexpected(error)
+
+
+def unexpected(error: Exception) -> None:
+    if processes := sys.modules.get("vit_nabirds.processes"):
+        processes.fail_unexpectedly(error)  # tells the others
+    raise error
 
 
 def fail(message: str, code: int) -> None:

@@ -52,6 +52,20 @@ def test_a_signal_saves_and_exits_with_75_and_the_same_command_goes_on(main, tmp
     assert steps == list(range(1, len(steps) + 1))
 
 
+def test_a_second_signal_ends_it_at_once(main):
+    """In a compilation of many seconds, which Python cannot interrupt."""
+    running = main("train", *main.tiny, "--workdir=run", "--config.model.num_layers=16", start_only=True)
+    for line in running.stdout:
+        if "parameters" in line:
+            break
+    running.send_signal(signal.SIGTERM)
+    time.sleep(1.5)
+    assert running.poll() is None
+    running.send_signal(signal.SIGTERM)
+    output = running.communicate(timeout=60)[0]
+    assert running.returncode == 128 + signal.SIGTERM and "stopped at step" not in output
+
+
 def wait_until(condition, process, seconds=120):
     end = time.monotonic() + seconds
     while not condition():

@@ -50,4 +50,4 @@ class StopRequest:
                 if processes.is_writer():
                     os.write(2, b"stopping at the next safe point; a second signal stops at once\n")
             elif time.monotonic() - self.since > 1:
-                os._exit(1)
+                os._exit(128 + number[0])
