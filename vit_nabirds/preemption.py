@@ -24,13 +24,14 @@ class StopRequest:
         self.since = 0.0
 
     def __enter__(self) -> Self:
-        # A thread takes the signals from a pipe: the main one may be deep in a compilation or a collective.
+        # A thread takes the signals from a pipe: the main one may be deep in a compilation or a collective. The handler
+        # is for those that an event loop of a library takes from the pipe meanwhile.
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
         self._previous_pipe = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._previous = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._previous = {number: signal.signal(number, self._request) for number in SIGNALS}
         return self
 
     def __exit__(self, *_) -> None:
@@ -45,9 +46,13 @@ class StopRequest:
         while number := os.read(self._read, 1):
             if number[0] not in SIGNALS:
                 continue
-            if not self.requested:
-                self.requested, self.since = True, time.monotonic()
-                if processes.is_writer():
-                    os.write(2, b"stopping at the next safe point; a second signal stops at once\n")
-            elif time.monotonic() - self.since > 1:
+            if self.requested and time.monotonic() - self.since > 1:
                 os._exit(128 + number[0])
+            self._request()
+
+    def _request(self, *_) -> None:
+        if not self.requested:
+            self.since = time.monotonic()
+            self.requested = True
+            if processes.is_writer():
+                os.write(2, b"stopping at the next safe point; a second signal stops at once\n")
