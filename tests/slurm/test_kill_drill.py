@@ -13,7 +13,7 @@ from real_slurm import TINY, Job, wait_until
 from vit_nabirds.monitor import read_metrics
 
 HITS = int(os.environ.get("HITS", 12))
-STEPS = 30 * HITS
+STEPS = 20 * HITS
 
 
 def submit(slurm, prepared, workdir, log, *resources) -> Job:
