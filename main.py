@@ -9,8 +9,7 @@ usage: python main.py [train] [--config=FILE] [--workdir=DIR] [--config.x.y=valu
   evaluate  score a run's best checkpoint (or that of a step) on the test photographs
   help      print this; `python main.py COMMAND --help` explains a command's flags
 
-Exit codes: 0 finished; 75 stopped on request, all saved: run the same command again; 128 + signal: a second signal, or
-killed: likewise, from the newest checkpoint; 2 wrong usage; 1 other failure.
+Exit codes: 0 finished; 75 stopped on request, all saved: run the same command again; 2 wrong usage; 1 other failure.
 """
 
 import contextlib
@@ -21,6 +20,7 @@ import re
 import signal
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -51,7 +51,6 @@ def train_flags() -> None:
     from ml_collections import config_flags
 
     cluster_flags()
-
     if not any(re.fullmatch("--?config(=.*)?", argument) for argument in sys.argv):
         sys.argv.insert(1, f"--config={Path(__file__).parent / 'configs' / 'demo.py'}")
     config_flags.DEFINE_config_file("config", None, "Configuration file; --config.x.y=value changes a field.")
@@ -148,14 +147,20 @@ def run(_argv: list[str]) -> int:
         unexpected(error)
 
 
+def of_several() -> ModuleType | None:
+    """`vit_nabirds.processes` when there are others to tell; imported by then, and not for the sake of a message."""
+    processes = sys.modules.get("vit_nabirds.processes")
+    return None if processes is None or processes.is_alone() else processes
+
+
 def unexpected(error: Exception) -> None:
-    if processes := sys.modules.get("vit_nabirds.processes"):
-        processes.fail_unexpectedly(error)  # tells the others
+    if processes := of_several():
+        processes.fail_unexpectedly(error)
     raise error
 
 
 def fail(message: str, code: int) -> None:
-    if processes := sys.modules.get("vit_nabirds.processes"):
+    if processes := of_several():
         processes.fail(message, code)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)

@@ -47,7 +47,7 @@ class StopRequest:
             if number[0] not in SIGNALS:
                 continue
             if self.requested and time.monotonic() - self.since > 1:
-                os._exit(128 + number[0])
+                os._exit(1)
             self._request()
 
     def _request(self, *_) -> None:

@@ -100,21 +100,17 @@ def check_shared(file: Path) -> None:
 
 def fail(message: str, code: int) -> NoReturn:
     """Show the message and end all processes of the job; of several that fail, the first one's is shown."""
-    client, is_first = distributed.global_state.client, True
-    if client:
-        state = distributed.global_state
-        message = f"process {state.process_id} of {state.num_processes} on {NODE}: {message}"
-        try:
-            client.key_value_set(FAILURE, message)
-        except jax.errors.JaxRuntimeError as error:
-            is_first = "ALREADY_EXISTS" not in str(error)
+    state, is_first = distributed.global_state, True
+    message = f"process {state.process_id} of {state.num_processes} on {NODE}: {message}"
+    try:
+        state.client.key_value_set(FAILURE, message)
+    except jax.errors.JaxRuntimeError as error:
+        is_first = "ALREADY_EXISTS" not in str(error)
     if is_first:
         print(f"error: {message}", file=sys.stderr, flush=True)
-    if client and is_writer():
+    if is_writer():
         time.sleep(2)  # the others hear of it from this process
-    if client:
-        os._exit(code)  # what JAX does at exit would wait for the others
-    sys.exit(code)
+    os._exit(code)  # what JAX does at exit would wait for the others
 
 
 def end_with_the_first(ended: threading.Event) -> None:
@@ -135,8 +131,6 @@ def end_unless_told(_type, error: BaseException | None, _traceback) -> None:
 
 def fail_unexpectedly(error: BaseException) -> NoReturn:
     """End after an error that may be the consequence of another process's, whose message then is the one to show."""
-    if is_alone():
-        raise error
     time.sleep(3)  # `end_with_the_first` ends this process if another has failed
     if re.search(r"gloo|nccl|coordination|heartbeat|closed by peer", str(error), re.IGNORECASE):
         fail(

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from vit_nabirds.monitor import read_metrics
+
 os.environ["PATH"] += ":/usr/sbin:/sbin"  # where the daemons are
 NEEDED = ("slurmctld", "slurmd", "munged", "mungekey", "srun")
 # The names of the nodes are addresses of the loopback device, so that each resolves without an entry in /etc/hosts.
@@ -181,3 +183,8 @@ def wait_until(condition, seconds: float, otherwise="it takes too long") -> None
         if time.monotonic() > deadline:
             pytest.fail(otherwise() if callable(otherwise) else otherwise)
         time.sleep(0.2)
+
+
+def last_step(workdir: Path) -> int:
+    """The newest step that a run has logged."""
+    return max((line["step"] for line in read_metrics(workdir / "metrics.jsonl")), default=0)

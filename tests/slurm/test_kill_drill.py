@@ -8,7 +8,7 @@ import random
 import signal
 import time
 
-from real_slurm import TINY, Job, wait_until
+from real_slurm import TINY, Job, last_step, wait_until
 
 from vit_nabirds.monitor import read_metrics
 
@@ -21,10 +21,6 @@ def submit(slurm, prepared, workdir, log, *resources) -> Job:
     training += ["--config.checkpoint.every=5 steps", "--config.evaluate.every=40 steps", "--config.model.num_layers=1"]
     layout = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", f"--output={log}", *resources]
     return slurm.submit("launch/train.sbatch", *layout, "--", *training)
-
-
-def last_step(workdir) -> int:
-    return max((line["step"] for line in read_metrics(workdir / "metrics.jsonl")), default=0)
 
 
 def preempt(slurm, job):

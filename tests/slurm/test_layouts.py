@@ -1,7 +1,7 @@
 """The same run on any number of nodes and processes."""
 
 import pytest
-from real_slurm import TINY, wait_until
+from real_slurm import TINY, last_step, wait_until
 
 from vit_nabirds.monitor import read_evaluations, read_metrics
 
@@ -63,7 +63,3 @@ def test_a_run_moves_over_one_two_four_and_one_processes(slurm, one_process, pre
     assert_same(trace(workdir), trace(one_process))
     evaluations = read_evaluations(workdir / "metrics.jsonl")
     assert [evaluation["test/examples"] for evaluation in evaluations.values()] == [15] * 6
-
-
-def last_step(workdir) -> int:
-    return max((line["step"] for line in read_metrics(workdir / "metrics.jsonl")), default=0)
