@@ -148,20 +148,20 @@ def run(_argv: list[str]) -> int:
 
 
 def of_several() -> ModuleType | None:
-    """`vit_nabirds.processes` when there are others to tell; imported by then, and not for the sake of a message."""
-    processes = sys.modules.get("vit_nabirds.processes")
-    return None if processes is None or processes.is_alone() else processes
+    """`vit_nabirds.link` when there are other processes to tell; never imported for the sake of a message."""
+    link = sys.modules.get("vit_nabirds.link")
+    return None if link is None or link.is_alone() else link
 
 
 def unexpected(error: Exception) -> None:
-    if processes := of_several():
-        processes.fail_unexpectedly(error)
+    if link := of_several():
+        link.fail_unexpectedly(error)
     raise error
 
 
 def fail(message: str, code: int) -> None:
-    if processes := of_several():
-        processes.fail(message, code)
+    if link := of_several():
+        link.fail(message, code)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
 

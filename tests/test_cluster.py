@@ -1,10 +1,16 @@
-"""The place of a process in a Slurm step: coordinator, number and devices."""
+"""The place of a process in a Slurm step, and how the processes of a job meet and end."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from vit_nabirds.cluster import Place, join, place_in_slurm
 from vit_nabirds.errors import UserError
 
+REPOSITORY = Path(__file__).parent.parent
 STEP = {
     "SLURM_JOB_ID": "1000",
     "SLURM_STEP_ID": "0",
@@ -75,3 +81,50 @@ def test_flags_that_say_no_place(place, message, monkeypatch):
     monkeypatch.delenv("SLURM_STEP_NUM_TASKS", raising=False)
     with pytest.raises(UserError, match=message):
         join(*place)
+
+
+END = """
+import sys
+from vit_nabirds import link
+number, how = int(sys.argv[2]), sys.argv[3]
+link.meet(sys.argv[1], 3, number, timeout=10)
+print("met", flush=True)
+if how == "fails":
+    link.fail("it rains", 2)
+if how == "parts":
+    link.part()
+else:
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize(
+    "ways, code, message",
+    [
+        (["parts", "parts", "parts"], 0, ""),
+        (["waits", "fails", "waits"], 2, "error: process 1 of 3 on node1: it rains\n"),
+        (["fails", "waits", "waits"], 2, "error: process 0 of 3 on node0: it rains\n"),
+        (["waits", "waits", "killed"], 1, "error: process 2 of 3 on node2 ended without a word"),
+        (["killed", "waits", "waits"], 1, "error: process 0 of 3 on 127.0.0.1 ended without a word"),
+    ],
+)
+def test_the_end_of_one_ends_all_with_one_message(ways, code, message):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        coordinator = "127.0.0.1:{1}".format(*probe.getsockname())
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", END, coordinator, str(number), way],
+            env={"SLURMD_NODENAME": f"node{number}", "PYTHONPATH": str(REPOSITORY)},
+            **pipes,
+        )
+        for number, way in enumerate(ways)
+    ]
+    assert [process.stdout.readline() for process in processes] == ["met\n"] * 3
+    if killed := [process for process, way in zip(processes, ways, strict=True) if way == "killed"]:
+        killed[0].kill()
+    others = [process for process in processes if process not in killed]
+    assert [process.wait(timeout=10) for process in others] == [code] * len(others)
+    said = [text for process in others if (text := process.stderr.read())]
+    assert len(said) == bool(message) and "".join(said).startswith(message)

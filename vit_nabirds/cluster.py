@@ -1,24 +1,19 @@
 """The start of a job of several processes: which this one is, where the others are, and which devices are its own."""
 
 import atexit
-import contextlib
 import dataclasses
 import glob
 import os
 import re
-import socket
-import threading
-import time
 from collections.abc import Mapping
 
 import jax
 
-from vit_nabirds import processes
+from vit_nabirds import link
 from vit_nabirds.errors import UserError
-from vit_nabirds.processes import NODE
+from vit_nabirds.link import NODE
 
 START_TIMEOUT = 45  # seconds for all processes to meet
-JOB = f"{os.environ.get('SLURM_JOB_ID', 'none')}.{os.environ.get('SLURM_STEP_ID', 'none')}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +94,7 @@ def join(
 
 def start(place: Place, timeout: int = START_TIMEOUT) -> None:
     """Join the other processes of the job, before JAX touches a device; UserError after `timeout` seconds."""
-    host, _, port = place.coordinator.rpartition(":")
-    if place.process_id == 0:
-        _wait_for_others(place.num_processes, int(port), timeout)
-    else:
-        _report_to_first(place.process_id, host, int(port), timeout)
+    link.meet(place.coordinator, place.num_processes, place.process_id, timeout)
     # Its handler of SIGTERM would replace ours; `any_process` has the agreement on the step to stop at.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
@@ -114,69 +105,4 @@ def start(place: Place, timeout: int = START_TIMEOUT) -> None:
         cluster_detection_method="deactivate",
         heartbeat_timeout_seconds=60,
     )
-    ended = threading.Event()
-    watcher = threading.Thread(target=processes.end_with_the_first, args=[ended], daemon=True)
-    watcher.start()
-    atexit.register(watcher.join)
-    atexit.register(ended.set)  # the last registered is the first to run
-
-
-# Before JAX's own meeting, which ends in a stack trace when one is missing, the processes meet on the same port.
-def _wait_for_others(num_processes: int, port: int, timeout: float) -> None:
-    deadline, come = time.monotonic() + timeout, {}
-    ipv6 = dict(family=socket.AF_INET6, dualstack_ipv6=True) if socket.has_dualstack_ipv6() else {}
-    try:
-        server = socket.create_server(("", port), backlog=num_processes, **ipv6)
-    except OSError as error:
-        raise UserError(
-            f"process 0 cannot listen on port {port} of {NODE} ({error.strerror}): choose a free one with "
-            "JAX_COORDINATOR_PORT, or --coordinator=HOST:PORT."
-        ) from None
-    with server:
-        while len(come) < num_processes - 1 and (left := deadline - time.monotonic()) > 0:
-            server.settimeout(left)
-            with contextlib.suppress(OSError, ValueError):
-                connection, _ = server.accept()
-                connection.settimeout(5)
-                job, number = connection.recv(100).decode().split()
-                if job == JOB:
-                    come[int(number)] = connection
-        missing = [str(number) for number in range(1, num_processes) if number not in come]
-        for connection in come.values():
-            with contextlib.suppress(OSError):
-                connection.sendall(b"wait" if missing else b"go")
-            connection.close()
-    if missing:
-        raise UserError(
-            f"of {num_processes} processes, {', '.join(missing)} did not come to process 0 on {NODE}, port {port}, "
-            f"within {timeout:.0f} s: look above for why they ended; give slow ones more time with --start_timeout."
-        )
-
-
-def _report_to_first(process_id: int, host: str, port: int, timeout: float) -> None:
-    deadline = time.monotonic() + timeout
-    try:
-        socket.getaddrinfo(host, port)
-    except OSError:
-        raise UserError(
-            f"{NODE} cannot resolve {host!r}, the host of process 0: give an address that all nodes can reach with "
-            "--coordinator=ADDRESS:PORT."
-        ) from None
-    answer, problem = b"", "it ended"
-    while not answer and time.monotonic() < deadline:
-        try:
-            with socket.create_connection((host, port), timeout=5) as connection:
-                connection.sendall(f"{JOB} {process_id}".encode())
-                connection.settimeout(timeout + 5)
-                answer = connection.recv(10)
-        except OSError as error:
-            problem = error
-        time.sleep(0.1)
-    if answer == b"wait":
-        os._exit(1)  # others are missing; process 0 says which
-    if not answer:
-        raise UserError(
-            f"{NODE} got no answer from process 0 at {host}:{port} within {timeout:.0f} s ({problem}): look above for "
-            "why process 0 ended; if it did not, the port is closed between the nodes or used by another job (choose "
-            "one with JAX_COORDINATOR_PORT), or it starts slowly (--start_timeout)."
-        )
+    atexit.register(link.part)  # the last registered is the first to run: before JAX's parting

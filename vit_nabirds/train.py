@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from vit_nabirds import checkpoint, data, devices, model, optimizer, preemption, processes, weights
+from vit_nabirds import checkpoint, data, devices, link, model, optimizer, preemption, processes, weights
 from vit_nabirds import config as config_lib
 from vit_nabirds.augment import Normalization, augment, zscore
 from vit_nabirds.errors import UserError
@@ -171,7 +171,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         )  # fmt: skip
 
         # The loop
-        stack.push(processes.end_unless_told)
+        stack.push(link.end_unless_told)
         train_step = make_train_step(graphdef, tx, schedule, trainable, normalization, image_size, config.seed)
         eval_step = make_eval_step(graphdef, normalization)
         evaluate_every = config_lib.Duration.parse(config, "evaluate.every").in_steps(steps_per_epoch)
