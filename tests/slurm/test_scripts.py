@@ -1,0 +1,51 @@
+"""The scripts of launch/ that the other tests do not start, and a node that fails."""
+
+import subprocess
+
+from real_slurm import TINY, last_step, wait_until
+
+from vit_nabirds.monitor import read_evaluations
+
+
+def test_one_task_for_each_node_on_staged_data(slurm, prepared, tmp_path, monkeypatch):
+    archive, disk = tmp_path / f"{prepared.name}.tar", tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["tar", "-cf", archive, "-C", prepared.parent, prepared.name], check=True)
+    monkeypatch.setitem(slurm.environment, "STAGE", str(archive))
+    monkeypatch.setitem(slurm.environment, "TMPDIR", str(disk))
+    job = slurm.submit(
+        "launch/train_by_node.sbatch", "--nodes=2", "--cpus-per-task=2", f"--output={tmp_path / 'log'}", "--",
+        TINY, "--config.data.root=nowhere", f"--workdir={tmp_path / 'run'}", "--config.epochs=2",
+    )  # fmt: skip
+    assert job.wait(120) == "COMPLETED", job.log()
+    assert "of 2 process(es)" in job.log() and job.log().count("is unpacked in") == 1  # the nodes share this disk
+    assert (disk / prepared.name / "metadata.parquet").exists()
+
+
+def test_a_sweep_trains_each_rate_in_its_own_workdir(slurm, prepared, tmp_path, monkeypatch):
+    monkeypatch.setitem(slurm.environment, "RATES", "0.01 0.002")
+    job = slurm.submit(
+        "launch/sweep.sbatch", "--cpus-per-task=1", f"--output={tmp_path / 'log-%a'}", "--",
+        TINY, f"--config.data.root={prepared}", f"--workdir={tmp_path}", "--config.epochs=2",
+    )  # fmt: skip
+    logs = [tmp_path / "log-0", tmp_path / "log-1"]
+    wait_until(lambda: not slurm.run("squeue", "-h", f"--job={job.number}").stdout, 120)
+    assert all("finished: " in log.read_text() for log in logs)
+    runs = [tmp_path / f"learning_rate={rate}" / "metrics.jsonl" for rate in ("0.01", "0.002")]
+    results = [read_evaluations(run) for run in runs]
+    assert results[0].keys() == results[1].keys() and results[0] != results[1]
+
+
+def test_a_job_goes_on_when_a_node_fails(slurm, prepared, tmp_path):
+    job = slurm.submit(
+        "launch/train.sbatch", "--nodes=2", "--cpus-per-task=1", f"--output={tmp_path / 'log'}", "--",
+        TINY, f"--config.data.root={prepared}", f"--workdir={tmp_path / 'run'}", "--config.epochs=16",
+        "--config.checkpoint.every=5 steps",
+    )  # fmt: skip
+    wait_until(lambda: last_step(tmp_path / "run") > 10, 60, job.log)
+    failed = slurm.run("scontrol", "show", "hostnames", job["NodeList"]).stdout.split()[1]
+    slurm.run("scontrol", "update", f"NodeName={failed}", "State=DOWN", "Reason=test")
+    wait_until(lambda: int(job["Restarts"]) == 1, 60, job.log)
+    slurm.run("scontrol", "update", f"NodeName={failed}", "State=RESUME")
+    assert job.wait(180) == "COMPLETED", job.log()
+    assert job.log().count("finished: ") == 1
