@@ -3,17 +3,22 @@
 usage: python main.py [train] [--config=FILE] [--workdir=DIR] [--config.x.y=value ...]
        python main.py prepare --archive=DIR --out=DIR [--metadata_only] [--train_size=269] [--test_size=224]
        python main.py evaluate --workdir=DIR [--step=N] [--data_root=DIR]
+       python main.py predict (--workdir=DIR [--step=N] | --model=CHECKPOINT) --images=FILE_OR_FOLDER --out=FILE
+       python main.py export --workdir=DIR [--step=N] --out=FOLDER
+       python main.py verify --checkpoint=CHECKPOINT [--image=FILE ...] [--figure=FILE.png]
 
   train     fine-tune, or go on with the run in the workdir; alone, it trains configs/demo.py on birds it draws
   prepare   crop the photographs of an NABirds archive to their birds, ready for training
   evaluate  score a run's best checkpoint (or that of a step) on the test photographs
+  predict   name the species in any photographs, into a .csv, .jsonl or .parquet file
+  export    write a run's best checkpoint as a folder for Hugging Face's transformers
+  verify    compare a Hugging Face checkpoint's logits in our model with those of transformers' own
   help      print this; `python main.py COMMAND --help` explains a command's flags
 
 Exit codes: 0 finished; 75 stopped on request, all saved: run the same command again; 2 wrong usage; 1 other failure.
 """
 
 import contextlib
-import errno
 import logging
 import os
 import re
@@ -25,7 +30,7 @@ from types import ModuleType
 from absl import app, flags
 from absl import logging as absl_logging
 
-from vit_nabirds.errors import UserError
+from vit_nabirds.errors import UserError, message_of
 
 FLAGS = flags.FLAGS
 EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 75
@@ -96,10 +101,58 @@ def evaluate() -> int:
     return evaluate_run(Path(FLAGS.workdir), FLAGS.step, FLAGS.data_root)
 
 
+def predict_flags() -> None:
+    flags.DEFINE_string("workdir", None, "Folder of the run whose best checkpoint is to be used.")
+    flags.DEFINE_integer("step", None, "Step of the run's checkpoint (default: the best).")
+    flags.DEFINE_string(
+        "model", None, "Instead of a run: an exported folder, or another checkpoint's folder or Hub id."
+    )
+    flags.DEFINE_string("images", None, "Photograph, or folder of photographs.", required=True)
+    flags.DEFINE_string("out", None, "File to write, .csv, .jsonl or .parquet: a row for each rank.", required=True)
+    flags.DEFINE_integer("topk", 5, "Species to name for each photograph.", lower_bound=1)
+    flags.mark_flags_as_mutual_exclusive(["workdir", "model"], required=True)
+
+
+def predict() -> int:
+    from vit_nabirds.predict import predict
+
+    source = dict(workdir=FLAGS.workdir, step=FLAGS.step, model=FLAGS.model)
+    return predict(Path(FLAGS.images), Path(FLAGS.out), FLAGS.topk, **source)
+
+
+def export_flags() -> None:
+    flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+    flags.DEFINE_integer("step", None, "Step of the checkpoint (default: the best).")
+    flags.DEFINE_string("out", None, "Folder to write; it must not exist.", required=True)
+
+
+def export() -> int:
+    from vit_nabirds.export import export
+
+    export(Path(FLAGS.workdir), Path(FLAGS.out), FLAGS.step)
+    return 0
+
+
+def verify_flags() -> None:
+    flags.DEFINE_string("checkpoint", None, "Folder or Hub id of a checkpoint.", required=True)
+    flags.DEFINE_multi_string("image", [], "Picture to compare on; may be given several times (default: a drawn bird).")
+    flags.DEFINE_string("figure", None, "File for the pictures with both answers, side by side.")
+    flags.DEFINE_float("tolerance", 1e-4, "Largest difference of logits that counts as the same.", lower_bound=0)
+
+
+def verify() -> int:
+    from vit_nabirds.verify import verify
+
+    return verify(FLAGS.checkpoint, FLAGS.image, FLAGS.figure, FLAGS.tolerance)
+
+
 COMMANDS = {
     "train": (train_flags, train),
     "prepare": (prepare_flags, prepare),
     "evaluate": (evaluate_flags, evaluate),
+    "predict": (predict_flags, predict),
+    "export": (export_flags, export),
+    "verify": (verify_flags, verify),
 }
 
 
@@ -134,29 +187,21 @@ def run(_argv: list[str]) -> int:
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
-    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax and JAX tell of every step they take
+    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax tells of every step it takes, and raises what it logs
     try:
         return COMMANDS[command][1]()
-    except UserError as error:
-        fail(str(error), EXIT_FAILED)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            fail(str(error), EXIT_FAILED)
-        unexpected(error)
     except Exception as error:
-        unexpected(error)
+        if link := of_several():
+            link.fail_with(error)
+        if (message := message_of(error)) is None:
+            raise
+        fail(message, EXIT_FAILED)
 
 
 def of_several() -> ModuleType | None:
     """`vit_nabirds.link` when there are other processes to tell; never imported for the sake of a message."""
     link = sys.modules.get("vit_nabirds.link")
     return None if link is None or link.is_alone() else link
-
-
-def unexpected(error: Exception) -> None:
-    if link := of_several():
-        link.fail_unexpectedly(error)
-    raise error
 
 
 def fail(message: str, code: int) -> None:

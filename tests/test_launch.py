@@ -39,14 +39,25 @@ def test_a_sweep_has_a_job_and_a_workdir_for_each_rate():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--nodes=2"], "usage: launch/train.sbatch"),
-        (["-N", "2", *TRAINING], "write sbatch's options like --nodes=2"),
-        (["--", "--config=configs/birds60.py"], "give the training a --workdir=DIR"),
+        (["train", "--nodes=2"], "usage: launch/train.sbatch"),
+        (["train", "-N", "2", *TRAINING], "write sbatch's options like --nodes=2"),
+        (["train", "--", "--config=configs/birds60.py"], "give the training a --workdir=DIR"),
+        (["train", "MAX_FRUITLESS=many", *TRAINING], "MAX_FRUITLESS is 'many': give a number"),
+        (["train", "STAGE=README.md", *TRAINING], "STAGE=README.md is no .tar file"),
+        (["sweep", "RATES=1e-5,1e-4", *TRAINING], "RATES has '1e-5,1e-4': write numbers with spaces between"),
+        (["sweep", "RATES= ", *TRAINING], "RATES is empty"),
     ],
 )
 def test_what_cannot_be_submitted_is_told(arguments, message):
-    refused = launch("launch/train.sbatch", *arguments)
+    environment = dict(word.split("=", 1) for word in arguments if word[0].isupper())
+    options = [word for word in arguments[1:] if not word[0].isupper()]
+    refused = launch(f"launch/{arguments[0]}.sbatch", *options, **environment)
     assert refused.returncode == 2 and message in refused.stderr
+
+
+def test_a_job_is_shown_from_inside_an_allocation_too():
+    shown = launch("launch/train.sbatch", "--dry-run", "--nodes=3", *TRAINING, SLURM_JOB_ID="1", SBATCH_TIMELIMIT="5")
+    assert "  --nodes=3" in shown.stdout.splitlines() and "  --time=5" in shown.stdout.splitlines()
 
 
 def test_data_are_staged_once_on_a_node(prepared, tmp_path):
@@ -62,8 +73,10 @@ def test_data_are_staged_once_on_a_node(prepared, tmp_path):
     assert all(task.returncode == 0 for task in tasks)
     assert sum("is unpacked in" in text for text in said) == 1
     assert (disk / prepared.name / "metadata.parquet").read_bytes() == (prepared / "metadata.parquet").read_bytes()
-    other = launch(*stage[:1], str(archive).replace("prepared.tar", "none.tar"), SLURM_TMPDIR=str(disk))
-    assert other.returncode != 0
+    assert launch("launch/stage_data.sh", str(tmp_path / "none.tar"), SLURM_TMPDIR=str(disk)).returncode != 0
+    os.utime(archive, (0, 0))  # another archive than the one that was unpacked
+    stale = launch(*stage, SLURM_TMPDIR=str(disk))
+    assert stale.returncode == 1 and f"{disk / prepared.name} is of another archive" in stale.stderr
 
 
 def test_tensorboard_listens_to_this_machine_alone(tmp_path):

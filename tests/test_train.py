@@ -389,3 +389,10 @@ def test_damage_in_a_workdir_is_told(undisturbed, tiny_config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
         train.train(tiny_config, tmp_path / "file")
+
+
+def test_a_workdir_in_which_another_process_trains_is_refused(undisturbed, tiny_config, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    with checkpoint.lock(tmp_path / "run"):
+        with pytest.raises(UserError, match="another process trains in .*/run right now"):
+            train.train(tiny_config, tmp_path / "run")

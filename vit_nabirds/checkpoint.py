@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 from pathlib import Path
+from typing import TextIO
 
 import jax
 from orbax.checkpoint import v1 as ocp
@@ -94,6 +96,20 @@ def newest(folder: Path) -> tuple[int, About] | None:
         return None
     with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
         return (checkpoints.steps[-1], checkpoints.about(checkpoints.steps[-1])) if checkpoints.steps else None
+
+
+def lock(workdir: Path) -> TextIO:
+    """An open file that keeps other processes from training in `workdir`, where its file system has locks."""
+    file = (workdir / "lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"another process trains in {workdir} right now: wait for its end, or use another --workdir."
+        ) from None
+    except OSError:  # without locks
+        pass
+    return file
 
 
 def placed(tree: dict, sharding: jax.sharding.Sharding) -> dict:

@@ -3,6 +3,7 @@
 import atexit
 import dataclasses
 import glob
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -35,11 +36,12 @@ def place_in_slurm(environ: Mapping[str, str] = os.environ, gpus: int | None = N
         return None
     # Steps of one job that share a node get different ports, above those that the kernel hands out.
     port = 61440 + (7 * int(environ["SLURM_JOB_ID"]) + int(environ["SLURM_STEP_ID"])) % 4096
+    port = environ.get("JAX_COORDINATOR_PORT", port)
     nodes = environ["SLURM_STEP_NODELIST"]  # like 'gpu[007-009,12],login1'
     first = re.sub(r"\[(\w+)[^]]*]", r"\1", nodes).split(",")[0]
     host = first if int(environ["SLURM_STEP_NUM_NODES"]) > 1 else "127.0.0.1"
     return Place(
-        f"{host}:{environ.get('JAX_COORDINATOR_PORT', port)}",
+        f"{host}:{port}",
         int(environ["SLURM_STEP_NUM_TASKS"]),
         int(environ["SLURM_PROCID"]),
         _devices_of_task(environ, len(glob.glob("/dev/nvidia[0-9]*")) if gpus is None else gpus),
@@ -82,14 +84,23 @@ def join(
         given = {name: getattr(place, name, None) if value is None else value for name, value in given.items()}
         if missing := [f"--{name}" for name, value in given.items() if value is None]:
             raise UserError(f"a process of several that srun did not start needs {' and '.join(missing)} too.")
-        if not re.fullmatch(r".+:\d+", given["coordinator"]) or given["process_id"] >= given["num_processes"]:
-            raise UserError(
-                f"--coordinator={given['coordinator']} --num_processes={given['num_processes']} "
-                f"--process_id={given['process_id']} is no place: HOST:PORT of process 0, and numbers from 0 on."
-            )
         place = Place(**given, local_device_ids=place.local_device_ids if place else None)
     if place:
+        port = re.fullmatch(r".+:(\d+)", place.coordinator)
+        if not port or not 0 < int(port[1]) < 2**16 or place.process_id >= place.num_processes:
+            raise UserError(
+                f"--coordinator={place.coordinator} --num_processes={place.num_processes} "
+                f"--process_id={place.process_id} is no place: HOST:PORT of process 0, and numbers from 0 on."
+            )
         start(place, timeout)
+
+
+class _EndOfOrbax(logging.Handler):
+    """Ends the job when a thread of Orbax has logged its failure, for which the other processes would wait for long."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and record.exc_info[1]:
+            link.fail_with(record.exc_info[1])
 
 
 def start(place: Place, timeout: int = START_TIMEOUT) -> None:
@@ -105,4 +116,7 @@ def start(place: Place, timeout: int = START_TIMEOUT) -> None:
         cluster_detection_method="deactivate",
         heartbeat_timeout_seconds=60,
     )
+    absl = logging.getLogger("absl")
+    absl.handlers, absl.propagate = [_EndOfOrbax(logging.ERROR)], False
+    absl.setLevel(logging.ERROR)
     atexit.register(link.part)  # the last registered is the first to run: before JAX's parting

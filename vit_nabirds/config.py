@@ -33,8 +33,11 @@ def default() -> ml_collections.ConfigDict:
     config.model = ml_collections.ConfigDict()
     config.model.pretrained = "google/vit-base-patch16-224"  # Hub id, folder, or empty for random weights
     config.model.dropout_rate = 0.0
-    # The shape of a model with random weights; a pretrained one brings its own.
+    # What the head sees: cls, the class token, or cls+mean, the patches' mean too; unset: as the checkpoint has it.
+    config.model.pool = config_dict.placeholder(str)
+    # Positions are resized when it is not the checkpoint's.
     config.model.image_size = config_dict.placeholder(int)
+    # The shape of a model with random weights; a pretrained one brings its own.
     config.model.patch_size = config_dict.placeholder(int)
     config.model.hidden_size = config_dict.placeholder(int)
     config.model.num_layers = config_dict.placeholder(int)
@@ -100,6 +103,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         require(field, 0 <= _get(config, field) < 1, "at least 0 and less than 1")
     for field, values in {
         "compute_dtype": ("float32", "bfloat16"),
+        "model.pool": (None, "cls", "cls+mean"),
         "optimizer.name": ("adamw", "sgd"),
         "optimizer.schedule": ("cosine", "linear"),
     }.items():
@@ -176,6 +180,7 @@ def resolve(config: ml_collections.ConfigDict, architecture: dict) -> ml_collect
                 f"{value}: leave it out, or empty config.model.pretrained for random weights."
             )
         config.model[field] = value
+    config.model.pool = architecture.get("pool", "cls")
     return config
 
 

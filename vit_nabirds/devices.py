@@ -25,6 +25,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def replicate(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    """The same array of every process -> one copy on each device."""
+    return jax.make_array_from_callback(array.shape, replicated(mesh), lambda _: array)
+
+
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This host's block of a batch -> arrays of the global batch, sharded on `data`."""
     sharding = NamedSharding(mesh, PartitionSpec("data"))

@@ -1,4 +1,10 @@
-"""The one exception that a user's mistake raises."""
+"""The exception that a user's mistake raises, and what to tell of others."""
+
+import errno
+
+_OF_DISKS = {
+    getattr(errno, name) for name in ("EACCES", "EDQUOT", "EEXIST", "ENOENT", "ENOSPC", "ENOTDIR", "EPERM", "EROFS")
+}
 
 
 class UserError(Exception):
@@ -7,3 +13,13 @@ class UserError(Exception):
     The message says what is wrong, where (file, field or row) and what to do about it; `main.py` prints it
     without a traceback and exits with 1.
     """
+
+
+def message_of(error: BaseException) -> str | None:
+    """What to tell the user of an error, in a line; None: it is a fault of the program, and its traceback is needed."""
+    full = [text for text in ("No space left on device", "Disk quota exceeded", "File too large") if text in str(error)]
+    if full:  # whichever of the libraries that write says so
+        return f"{full[0]}: make room, and run the same command again to go on from the last checkpoint. ({error})"
+    if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in _OF_DISKS):
+        return str(error)
+    return None

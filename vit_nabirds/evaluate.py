@@ -1,7 +1,6 @@
 """Exact evaluation: every test image is scored once, and sums are taken on the devices."""
 
 import contextlib
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +12,10 @@ import numpy as np
 import optax
 from flax import nnx
 
-from vit_nabirds import checkpoint, data, devices, model, monitor, preemption, processes
+from vit_nabirds import checkpoint, data, devices, model, preemption, processes
 from vit_nabirds.augment import Normalization, to_float, zscore
 from vit_nabirds.errors import UserError
+from vit_nabirds.run import open_run
 
 log = logging.getLogger("vit_nabirds")
 
@@ -88,27 +88,8 @@ def write_results(file: Path, step: int, metrics: dict[str, float]) -> None:
 
 def evaluate_run(workdir: Path, step: int | None = None, root: str | None = None) -> int:
     """Score a checkpoint of a run (by default its best) and write results.json."""
-    if not (workdir / "checkpoints").is_dir() or not (workdir / "config.json").is_file():
-        raise UserError(
-            f"{workdir} holds no run (no 'checkpoints', no 'config.json'): give the --workdir of a training."
-        )
-    try:
-        cpu_devices = json.loads((workdir / "config.json").read_text())["cpu_devices"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{workdir / 'config.json'} is damaged: run the training's command again to write it anew."
-        ) from None
-    devices.split_cpu(cpu_devices)  # before Orbax asks for devices
-    mesh = devices.make_mesh()
-    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", read_only=True)
-    steps = checkpoints.steps
-    if not steps:
-        raise UserError(f"{workdir / 'checkpoints'} holds no complete checkpoint yet.")
-    if step is None:
-        step = checkpoint.best_step(monitor.read_evaluations(workdir / "metrics.jsonl"), steps) or steps[-1]
-    if step not in steps:
-        raise UserError(f"{workdir} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}.")
-    about = checkpoints.about(step)
+    run = open_run(workdir, step)
+    about, mesh = run.about, run.mesh
     config, num_classes = about.config, len(about.species)
     root = Path(root or config["data"]["root"])
     table = data.read_table(root)
@@ -120,15 +101,11 @@ def evaluate_run(workdir: Path, step: int | None = None, root: str | None = None
     photographs = data.open_split(root, table, train=False)
     data.check_sizes(photographs, photographs, about.architecture["img_size"])
 
-    graphdef, like = model.describe(about.architecture, num_classes, config["compute_dtype"])
-    like = checkpoint.placed(like, devices.replicated(mesh))
-    params = checkpoints.restore(step, {"params": like})["params"]
-    checkpoints.close()
-    log.info("evaluating the checkpoint of step %d on %d images of %s", step, len(photographs), root)
-    eval_step = make_eval_step(graphdef, about.normalization)
+    log.info("evaluating the checkpoint of step %d on %d images of %s", run.step, len(photographs), root)
+    eval_step = make_eval_step(run.graphdef, about.normalization)
     with preemption.StopRequest() as stop:
         metrics = evaluate(
-            eval_step, params, photographs, num_classes, config["batch_size"], config["data"]["workers"], mesh, stop
+            eval_step, run.params, photographs, num_classes, config["batch_size"], config["data"]["workers"], mesh, stop
         )
     if metrics is None:
         return preemption.EXIT_STOPPED
@@ -136,5 +113,5 @@ def evaluate_run(workdir: Path, step: int | None = None, root: str | None = None
     if data.fingerprint(table) != about.fingerprint:
         log.warning("%s has other records than the training had: results.json is left as it is", root)
     elif processes.is_writer():
-        write_results(workdir / "results.json", step, metrics)
+        write_results(workdir / "results.json", run.step, metrics)
     return 0

@@ -4,6 +4,7 @@ JAX's own meeting ends in a stack trace when a process is missing, and it notice
 """
 
 import contextlib
+import multiprocessing
 import os
 import socket
 import sys
@@ -12,10 +13,11 @@ import time
 import traceback
 from typing import NoReturn
 
-from vit_nabirds.errors import UserError
+from vit_nabirds.errors import UserError, message_of
 
 NODE = os.environ.get("SLURMD_NODENAME", socket.gethostname())
 JOB = f"{os.environ.get('SLURM_JOB_ID', 'none')}.{os.environ.get('SLURM_STEP_ID', 'none')}"
+LOCAL_ID = os.environ.get("SLURM_LOCALID")  # of what all find out, process 1 and the first task of each node speak
 GOODBYE = "goodbye"
 LOST = (
     "1 process {} of {} on {} ended without a word: killed, or out of memory? See what srun says of it, or "
@@ -32,6 +34,7 @@ def meet(coordinator: str, num_processes: int, process_id: int, timeout: float) 
     is missing after `timeout` seconds. From then on, the end of any of them ends this one."""
     global _number, _count
     host, _, port = coordinator.rpartition(":")
+    host = host.strip("[]")  # of an IPv6 address
     if process_id == 0:
         others = _wait_for_others(num_processes, int(port), timeout)
     else:
@@ -69,36 +72,39 @@ def fail(message: str, code: int) -> NoReturn:
     _send(word)
     time.sleep(5)  # process 0 shows it, and its answer ends this process
     _say(word)
-    os._exit(code)
+    _exit(code)
 
 
-def fail_unexpectedly(error: BaseException) -> NoReturn:
-    """End after an error that may be the consequence of another process's, whose message then is the one to show."""
-    time.sleep(3)
-    fail("".join(traceback.format_exception(error)), 1)
+def fail_with(error: BaseException) -> NoReturn:
+    """`fail` with what is to be told of the error."""
+    if (message := message_of(error)) is None:
+        time.sleep(3)  # it may be the consequence of another process's, whose message then is the one to show
+        message = "".join(traceback.format_exception(error))
+    fail(message, 1)
 
 
-def end_unless_told(_type, error: BaseException | None, _traceback) -> None:
-    """An exit callback: after an error that nobody foresaw, do not wait for the other processes in clean-up."""
-    if error is not None and not is_alone() and not isinstance(error, UserError | OSError):
-        fail_unexpectedly(error)
+def end_if_several(_type, error: BaseException | None, _traceback) -> None:
+    """An exit callback: after an error, do not wait for the other processes in clean-up."""
+    if error is not None and not is_alone():
+        fail_with(error)
 
 
 def _listen(number: int, connection: socket.socket, node: str) -> None:
     """Hear what the process at the other end says last: goodbye, or exit code and message; nothing when killed."""
     word = ""
-    with contextlib.suppress(OSError), connection.makefile() as stream:
+    with contextlib.suppress(OSError), connection.makefile(encoding="utf-8", errors="replace") as stream:
         word = stream.read()
     if word == GOODBYE:
         return
-    if not word:
+    if not word and _number == 0:
         time.sleep(0.5)  # what has killed it may have come for all
-        # That process 0 is lost, process 1 says.
-        word = "1" if _number > 1 else LOST.format(number, _count, node)
+        word = LOST.format(number, _count, node)
+    elif not word:  # at once, for JAX is about to abort this process with a stack trace
+        word = LOST.format(number, _count, node) if _number == 1 or LOCAL_ID == "0" else "1"
     if _number == 0:
         _end_all(word)
     _say(word)
-    os._exit(_code(word))
+    _exit(_code(word))
 
 
 def _end_all(word: str) -> NoReturn:
@@ -106,12 +112,20 @@ def _end_all(word: str) -> NoReturn:
         _say(word)
         _send(str(_code(word)))
         time.sleep(1)  # they end before JAX's coordinator does, of which they would complain
-        os._exit(_code(word))
+        _exit(_code(word))
+
+
+def _exit(code: int) -> NoReturn:
+    """At once: what JAX and Orbax do at exit would wait for the other processes."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(code)
 
 
 def _say(word: str) -> None:
     if message := word.partition(" ")[2]:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        sys.stderr.flush()
+        os.write(2, f"error: {message}\n".encode())
 
 
 def _code(word: str) -> int:
@@ -181,6 +195,8 @@ def _report_to_first(process_id: int, host: str, port: int, timeout: float) -> d
         if answer == b"wait":
             os._exit(1)  # others are missing; process 0 says which
         time.sleep(0.1)
+    if process_id != 1 and LOCAL_ID not in ("0", None):
+        os._exit(1)
     raise UserError(
         f"{NODE} got no answer from process 0 at {host}:{port} within {timeout:.0f} s ({problem}): look above for "
         "why process 0 ended; if it did not, the port is closed between the nodes or used by another job (choose "

@@ -1,4 +1,5 @@
-"""The Vision Transformer (Dosovitskiy et al., 2021) in Flax NNX."""
+"""The Vision Transformer in Flax NNX: ViT (Dosovitskiy et al., 2021) and DINOv2 (Oquab et al., 2024), with or without
+registers (Darcet et al., 2024): one definition, whose arguments are the differences."""
 
 import functools
 
@@ -10,8 +11,17 @@ from flax import nnx
 gelu = functools.partial(jax.nn.gelu, approximate=False)
 
 
+def swiglu(x: jax.Array) -> jax.Array:
+    """(..., 2 n) -> (..., n), gated (Shazeer, 2020)."""
+    gate, value = jnp.split(x, 2, axis=-1)
+    return jax.nn.silu(gate) * value
+
+
 class TransformerEncoder(nnx.Module):
-    """One pre-norm block: (batch, tokens, hidden_size) -> the same shape."""
+    """One pre-norm block: (batch, tokens, hidden_size) -> the same shape.
+
+    `layer_scale`: each branch is multiplied by a learnt vector. `gated`: the MLP is SwiGLU of width mlp_dim.
+    """
 
     def __init__(
         self,
@@ -21,6 +31,9 @@ class TransformerEncoder(nnx.Module):
         dropout_rate: float = 0.0,
         *,
         layer_norm_eps: float = 1e-12,
+        qkv_bias: bool = True,
+        layer_scale: bool = False,
+        gated: bool = False,
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -35,27 +48,33 @@ class TransformerEncoder(nnx.Module):
             keep_rngs=False,
             rngs=rngs,
         )
+        if not qkv_bias:
+            self.attn.query.bias = self.attn.key.bias = self.attn.value.bias = None
         self.norm2 = nnx.LayerNorm(hidden_size, epsilon=layer_norm_eps, dtype=dtype, rngs=rngs)
         self.mlp = nnx.Sequential(
-            nnx.Linear(hidden_size, mlp_dim, dtype=dtype, rngs=rngs),
-            gelu,
+            nnx.Linear(hidden_size, 2 * mlp_dim if gated else mlp_dim, dtype=dtype, rngs=rngs),
+            swiglu if gated else gelu,
             nnx.Linear(mlp_dim, hidden_size, dtype=dtype, rngs=rngs),
         )
+        self.scale1 = nnx.Param(jnp.ones(hidden_size)) if layer_scale else None
+        self.scale2 = nnx.Param(jnp.ones(hidden_size)) if layer_scale else None
         self.dropout = nnx.Dropout(dropout_rate)
 
     def __call__(self, x: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
-        def drop(branch: jax.Array) -> jax.Array:
+        def finish(branch: jax.Array, scale: nnx.Param | None) -> jax.Array:
+            branch = branch if scale is None else branch * scale[...].astype(branch.dtype)
             return self.dropout(branch, deterministic=rngs is None, rngs=rngs)
 
-        x = x + drop(self.attn(self.norm1(x), deterministic=rngs is None, rngs=rngs))
-        return x + drop(self.mlp(self.norm2(x)))
+        x = x + finish(self.attn(self.norm1(x), deterministic=rngs is None, rngs=rngs), self.scale1)
+        return x + finish(self.mlp(self.norm2(x)), self.scale2)
 
 
 class VisionTransformer(nnx.Module):
     """Images (batch, img_size, img_size, in_channels), normalised -> logits (batch, num_classes), float32.
 
     Parameters are float32 and the only state of the module: randomness for dropout comes with the call, as
-    `model(images, rngs=nnx.Rngs(dropout=key))`; without it nothing is dropped.
+    `model(images, rngs=nnx.Rngs(dropout=key))`; without it nothing is dropped. `pool` is what the classifier sees:
+    'cls', the class token, or 'cls+mean', with the mean of the patches beside it.
     """
 
     def __init__(
@@ -71,6 +90,11 @@ class VisionTransformer(nnx.Module):
         dropout_rate: float = 0.0,
         *,
         layer_norm_eps: float = 1e-12,
+        qkv_bias: bool = True,
+        layer_scale: bool = False,
+        gated: bool = False,
+        num_registers: int = 0,
+        pool: str = "cls",
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -92,29 +116,52 @@ class VisionTransformer(nnx.Module):
         init = nnx.initializers.truncated_normal(stddev=0.02)
         self.position_embeddings = nnx.Param(init(rngs.params(), (1, num_patches + 1, hidden_size), jnp.float32))
         self.cls_token = nnx.Param(jnp.zeros((1, 1, hidden_size)))
+        self.registers = nnx.Param(init(rngs.params(), (1, num_registers, hidden_size))) if num_registers else None
         self.dropout = nnx.Dropout(dropout_rate)
         self.encoder = nnx.Sequential(
             *[
                 TransformerEncoder(
-                    hidden_size, mlp_dim, num_heads, dropout_rate, layer_norm_eps=layer_norm_eps, dtype=dtype, rngs=rngs
+                    hidden_size,
+                    mlp_dim,
+                    num_heads,
+                    dropout_rate,
+                    layer_norm_eps=layer_norm_eps,
+                    qkv_bias=qkv_bias,
+                    layer_scale=layer_scale,
+                    gated=gated,
+                    dtype=dtype,
+                    rngs=rngs,
                 )
                 for _ in range(num_layers)
             ]
         )
         self.final_norm = nnx.LayerNorm(hidden_size, epsilon=layer_norm_eps, dtype=dtype, rngs=rngs)
         # float32, for the loss is computed on its logits; from zero, so that a new head does not disturb the rest
-        self.classifier = nnx.Linear(hidden_size, num_classes, kernel_init=nnx.initializers.zeros, rngs=rngs)
-        self.dtype = dtype
+        width = hidden_size if pool == "cls" else 2 * hidden_size
+        self.classifier = nnx.Linear(width, num_classes, kernel_init=nnx.initializers.zeros, rngs=rngs)
+        self.num_registers, self.pool, self.dtype = num_registers, pool, dtype
 
     def __call__(self, images: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
+        return self.classifier(self.features(images, rngs=rngs))
+
+    def features(self, images: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """What the classifier sees: float32 (batch, hidden_size), or twice as wide with the mean of the patches."""
         patches = self.patch_embeddings(images)
         batch, height, width, hidden_size = patches.shape
         patches = patches.reshape(batch, height * width, hidden_size)
         cls_token = jnp.broadcast_to(self.cls_token[...].astype(self.dtype), (batch, 1, hidden_size))
         x = jnp.concatenate([cls_token, patches], axis=1) + self.position_embeddings[...].astype(self.dtype)
+        if self.num_registers:  # they have no position
+            registers = jnp.broadcast_to(
+                self.registers[...].astype(self.dtype), (batch, self.num_registers, hidden_size)
+            )
+            x = jnp.concatenate([x[:, :1], registers, x[:, 1:]], axis=1)
         x = self.dropout(x, deterministic=rngs is None, rngs=rngs)
         x = self.encoder(x, rngs=rngs)
-        return self.classifier(self.final_norm(x[:, 0]).astype(jnp.float32))
+        if self.pool == "cls":
+            return self.final_norm(x[:, 0]).astype(jnp.float32)
+        x = self.final_norm(x).astype(jnp.float32)
+        return jnp.concatenate([x[:, 0], x[:, 1 + self.num_registers :].mean(axis=1)], axis=1)
 
 
 def flat_params(model: nnx.Module) -> dict[str, jax.Array]:
@@ -147,7 +194,12 @@ def initial_params(architecture: dict, num_classes: int, seed: int) -> dict[str,
     return flat_params(VisionTransformer(**architecture, num_classes=num_classes, rngs=nnx.Rngs(seed)))
 
 
+def bind(graphdef: nnx.GraphDef, params: dict) -> VisionTransformer:
+    """The model that `graphdef` describes, with these parameters."""
+    flat = {tuple(int(p) if p.isdigit() else p for p in path.split("/")): nnx.Param(x) for path, x in params.items()}
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
 def apply(graphdef: nnx.GraphDef, params: dict, images: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
     """Logits of the model that `graphdef` describes, with these parameters."""
-    flat = {tuple(int(p) if p.isdigit() else p for p in path.split("/")): nnx.Param(x) for path, x in params.items()}
-    return nnx.merge(graphdef, nnx.from_flat_state(flat))(images, rngs=rngs)
+    return bind(graphdef, params)(images, rngs=rngs)

@@ -1,5 +1,6 @@
 """Requests to stop: SIGTERM from the cluster, Ctrl-C from the user."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -15,7 +16,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class StopRequest:
     """SIGTERM or Ctrl-C while it is entered: `requested` says so, and the work ends at the next safe point.
 
-    A signal more than a second later (sooner, it is the first one on another way) ends the process at once; the last
+    A signal more than a second later (sooner, it is the first one on another way) kills the process at once; the last
     complete checkpoint stays as it is.
     """
 
@@ -47,7 +48,10 @@ class StopRequest:
             if number[0] not in SIGNALS:
                 continue
             if self.requested and time.monotonic() - self.since > 1:
-                os._exit(1)
+                os.write(2, b"stopped at once: the same command goes on from the last complete checkpoint\n")
+                for worker in multiprocessing.active_children():
+                    worker.kill()
+                os.kill(os.getpid(), signal.SIGKILL)  # not an exit code: to Slurm it is a job to be queued again
             self._request()
 
     def _request(self, *_) -> None:

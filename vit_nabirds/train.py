@@ -120,10 +120,10 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         resumed = about is not None
         check_workdir(workdir, resumed)
         if resumed:
-            architecture, normalization, backbone = about.architecture, about.normalization, {}
+            architecture, normalization, pretrained = about.architecture, about.normalization, None
         else:
             with processes.writer_first("pretrained weights"):
-                architecture, normalization, backbone = weights.load_pretrained(config)
+                architecture, normalization, pretrained = weights.starting_point(config)
         config = config_lib.resolve(config, architecture)
         if resumed:
             check_same_run(about, config, species, fingerprint, workdir)
@@ -142,23 +142,27 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
             f"All nodes must see the same data and the same {workdir}, and have equally many devices.",
         )
 
-        def initial_state(backbone: dict) -> dict:
-            params = model.initial_params(architecture, len(species), config.seed) | backbone
+        def initial_state(loaded: dict) -> dict:
+            params = model.initial_params(architecture, len(species), config.seed) | loaded
             opt_state = tx.init({path: params[path] for path in trainable})
             return {"step": jnp.zeros((), jnp.int32), "params": params, "opt_state": opt_state}
+
+        loaded = {}
+        if pretrained:
+            loaded = pretrained.load(architecture, species, lambda array: devices.replicate(array, mesh))
 
         # State: all is known to be right, and from here on the run writes
         workdir.mkdir(parents=True, exist_ok=True)
         if processes.is_writer():
+            stack.enter_context(checkpoint.lock(workdir))
             checkpoint.write_json(workdir / "config.json", about.config)
         processes.check_shared(workdir / "config.json")
         checkpoints = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(workdir / "checkpoints")))
         if resumed:
-            like = checkpoint.placed(jax.eval_shape(initial_state, backbone), devices.replicated(mesh))
+            like = checkpoint.placed(jax.eval_shape(initial_state, {}), devices.replicated(mesh))
             state = checkpoints.restore(start, like)
         else:
-            state = jax.jit(initial_state, out_shardings=devices.replicated(mesh))(backbone)
-        del backbone
+            state = jax.jit(initial_state, donate_argnums=0, out_shardings=devices.replicated(mesh))(loaded)
         monitor = stack.enter_context(contextlib.closing(Monitor(workdir, start, total_steps, processes.is_writer())))
         monitor.text("config", f"```\n{json.dumps(about.config, indent=2)}\n```")
         checkpoints.best_step = checkpoint.best_step(evaluations, checkpoints.steps)
@@ -171,7 +175,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         )  # fmt: skip
 
         # The loop
-        stack.push(link.end_unless_told)
+        stack.push(link.end_if_several)
         train_step = make_train_step(graphdef, tx, schedule, trainable, normalization, image_size, config.seed)
         eval_step = make_eval_step(graphdef, normalization)
         evaluate_every = config_lib.Duration.parse(config, "evaluate.every").in_steps(steps_per_epoch)

@@ -1,7 +1,11 @@
-"""Hugging Face ViT checkpoints -> parameters of our model."""
+"""Hugging Face checkpoints (ViT, DINOv2, DINOv2 with registers) -> parameters of our model."""
 
+import dataclasses
 import json
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import huggingface_hub
 import ml_collections
@@ -12,13 +16,108 @@ from vit_nabirds.augment import Normalization
 from vit_nabirds.config import SHAPE
 from vit_nabirds.errors import UserError
 
+log = logging.getLogger("vit_nabirds")
 
-def load_pretrained(config: ml_collections.ConfigDict) -> tuple[dict, Normalization, dict[str, np.ndarray]]:
-    """Arguments of `VisionTransformer`, normalisation, and all parameters but the classifier's (none if random)."""
+# What transformers leaves out of a config.json, because it equals the default of the model_type.
+_VIT = {
+    "num_channels": 3, "image_size": 224, "patch_size": 16, "hidden_size": 768, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "intermediate_size": 3072, "layer_norm_eps": 1e-12, "qkv_bias": True,
+    "hidden_act": "gelu",
+}  # fmt: skip
+_DINOV2 = _VIT | {"patch_size": 14, "layer_norm_eps": 1e-6, "mlp_ratio": 4, "use_swiglu_ffn": False}
+DEFAULTS = {
+    "vit": _VIT,
+    "dinov2": _DINOV2,
+    "dinov2_with_registers": _DINOV2 | {"patch_size": 16, "num_register_tokens": 4},
+}
+# What an architecture that does not say otherwise has.
+PARTS = {
+    "in_channels": 3, "layer_norm_eps": 1e-12, "qkv_bias": True, "layer_scale": False, "gated": False,
+    "num_registers": 0, "pool": "cls",
+}  # fmt: skip
+PAD_TO_SQUARE = "vit_nabirds_pad_to_square"  # field of a preprocessor_config.json of ours
+
+
+class Tensor(NamedTuple):
+    """A tensor in PyTorch's naming and layout, not read yet."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that is known to be whole: its configuration and tensors' shapes fit; no tensor is read yet."""
+
+    source: str
+    folder: Path
+    architecture: dict  # arguments of VisionTransformer
+    labels: list[str]  # of its classifier's rows; none without a classifier
+    image_size: int  # that its images were resized to: the model's, where the positions are not resized
+    normalization: Normalization
+    pads_to_square: bool  # how its images were prepared: ours are fitted into a black square
+    tensors: dict[str, Tensor]
+
+    def load(self, architecture: dict, labels: list[str], place: Callable = lambda array: array) -> dict:
+        """Parameters by path, float32, each given to `place` before the next is read; the log says what came of them.
+
+        Positions are resized to `architecture`; the classifier is loaded when it has all `labels`, in their order.
+        """
+        with_head = set(labels) == set(self.labels) and architecture["pool"] == self.architecture["pool"] and labels
+        order = [self.labels.index(label) for label in labels] if with_head else []
+        params, used, resized = {}, [], "none"
+        for row in mapping(self.architecture, len(self.labels)):
+            if row.path.startswith("classifier/") and not with_head:
+                continue
+            array = self.tensors[row.name].read().astype(np.float32, copy=False)
+            if not np.isfinite(array).all():
+                raise UserError(f"{self.source}: the tensor {row.name!r} holds values that are not finite.")
+            if row.path.startswith("classifier/"):
+                array = array[order]
+            elif row.path == "position_embeddings" and architecture["img_size"] != self.architecture["img_size"]:
+                old, new = (a["img_size"] // a["patch_size"] for a in (self.architecture, architecture))
+                array = resize_positions(array, new, antialias=architecture["num_registers"] > 0)
+                resized = f"positions of {old} x {old} patches to {new} x {new}"
+            used.append(row.name)
+            params[row.path] = place(row.to_ours(array))
+        log.info(
+            "weights of %s\n  loaded   %d tensors (%s)\n  resized  %s\n  new      %s\n  ignored  %s",
+            self.source, len(used), ", ".join(sorted({self.tensors[name].dtype for name in used})), resized,
+            "none" if with_head else "the classifier", ", ".join(sorted(self.tensors.keys() - used)) or "none",
+        )  # fmt: skip
+        return params
+
+
+class Row(NamedTuple):
+    """One parameter: our path, the tensor's name and shape in PyTorch, the order of its axes and the shape in ours."""
+
+    path: str
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+    to: tuple[int, ...]
+
+    def to_ours(self, array: np.ndarray) -> np.ndarray:
+        to = self.to if array.shape == self.shape else array.transpose(self.axes).shape  # resized
+        return np.ascontiguousarray(array.transpose(self.axes).reshape(to))
+
+    def to_theirs(self, array: np.ndarray) -> np.ndarray:
+        transposed = array.reshape([self.shape[axis] for axis in self.axes])
+        return np.ascontiguousarray(transposed.transpose(np.argsort(self.axes)))
+
+
+def starting_point(config: ml_collections.ConfigDict) -> tuple[dict, Normalization, Checkpoint | None]:
+    """Arguments of `VisionTransformer`, normalisation, and the checkpoint with the weights (None: random ones)."""
     if config.model.pretrained:
-        folder = find_checkpoint(config.model.pretrained)
-        architecture, normalization = read_architecture(folder)
-        return architecture, normalization, load_backbone(folder, architecture)
+        checkpoint = open_checkpoint(config.model.pretrained)
+        chosen = {"img_size": config.model.image_size or checkpoint.image_size}
+        if config.model.pool:
+            chosen["pool"] = config.model.pool
+        if chosen["img_size"] % checkpoint.architecture["patch_size"]:
+            patch_size = checkpoint.architecture["patch_size"]
+            raise UserError(f"config.model.image_size is {chosen['img_size']}: choose a multiple of {patch_size}.")
+        return checkpoint.architecture | chosen, checkpoint.normalization, checkpoint
     if missing := [field for field in SHAPE if config.model[field] is None]:
         raise UserError(
             f"config.model.{missing[0]} is not set: a model with random weights needs it (or name a checkpoint in "
@@ -27,184 +126,269 @@ def load_pretrained(config: ml_collections.ConfigDict) -> tuple[dict, Normalizat
     architecture = {"img_size" if field == "image_size" else field: config.model[field] for field in SHAPE}
     if architecture["img_size"] % architecture["patch_size"] or architecture["hidden_size"] % architecture["num_heads"]:
         raise UserError("config.model.image_size must be a multiple of patch_size, and hidden_size of num_heads.")
-    return architecture, Normalization(), {}
+    return architecture | {"pool": config.model.pool or "cls"}, Normalization(), None
+
+
+def open_checkpoint(name: str) -> Checkpoint:
+    """The checkpoint of a folder or Hub id; UserError names what is missing, misshaped, extra or not supported."""
+    folder = find_checkpoint(name)
+    hf, processor = read_config(folder), _read_json(folder / "preprocessor_config.json")
+    tensors = _canonical(dict(_stored_tensors(folder)))
+    architecture = architecture_of(hf)
+    labels = [label for _, label in sorted(hf.get("id2label", {}).items(), key=lambda item: int(item[0]))]
+    if "classifier.weight" not in tensors:
+        labels = []
+    elif len(labels) != tensors["classifier.weight"].shape[0]:
+        rows = tensors["classifier.weight"].shape[0]
+        raise UserError(f"{folder}: the classifier has {rows} rows, but id2label of config.json {len(labels)} labels.")
+    check_tensors(tensors, architecture, len(labels), str(folder))
+    size = processor.get("crop_size" if processor.get("do_center_crop") else "size", hf["image_size"])
+    size = size if isinstance(size, int) else size.get("height") or size.get("shortest_edge") or hf["image_size"]
+    half = (0.5, 0.5, 0.5)
+    normalization = Normalization(tuple(processor.get("image_mean") or half), tuple(processor.get("image_std") or half))
+    pads = bool(processor.get(PAD_TO_SQUARE))
+    return Checkpoint(name, folder, architecture, labels, size, normalization, pads, tensors)
 
 
 def find_checkpoint(name: str) -> Path:
-    """The folder of a Hub id (fetched, or from the cache) or of a local path; safetensors only, never pickle."""
+    """The folder of a Hub id (ORG/MODEL or ORG/MODEL@REVISION, fetched or from the cache) or of a local path."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") != 1:
             raise UserError(
-                f"config.model.pretrained: there is no folder {name!r}: give a checkpoint folder, or a Hub id like "
-                "'google/vit-base-patch16-224'."
+                f"there is no folder {name!r}: give that of a checkpoint, or a Hub id like "
+                "'google/vit-base-patch16-224' (a certain revision: ID@REVISION)."
             )
+        repository, _, revision = name.partition("@")
         try:
-            patterns = ["config.json", "preprocessor_config.json", "*.safetensors"]
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+            patterns = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
+            download = huggingface_hub.snapshot_download
+            folder = Path(download(repository, revision=revision or None, allow_patterns=patterns))
         except Exception as error:  # each version of the Hub's client has its own family of errors
             raise UserError(
-                f"config.model.pretrained: {name!r} is no local folder and could not be fetched from the Hugging Face "
-                f"Hub ({type(error).__name__}: {str(error).splitlines()[0]}). On a node without internet, download it "
-                f"on a login node first (`hf download {name}`), or give its folder."
+                f"the checkpoint {name!r} is no local folder and could not be fetched from the Hugging Face Hub "
+                f"({type(error).__name__}: {str(error).splitlines()[0]}). On a node without internet, download it "
+                f"on a login node first (`hf download {repository}`), or give its folder."
             ) from None
     return folder
 
 
-def read_architecture(folder: Path) -> tuple[dict, Normalization]:
-    """Arguments of `VisionTransformer` and the normalisation, from config.json and preprocessor_config.json."""
+def read_config(folder: Path) -> dict:
+    """config.json with the defaults of its model_type filled in; UserError for what our model cannot be."""
     file = folder / "config.json"
     hf = _read_json(file)
-
-    def require(field: str, expected, default) -> None:
-        if (value := hf.get(field, default)) != expected:
-            raise UserError(f"{file}: {field} is {value!r}; only {expected!r} is supported.")
-
-    require("model_type", "vit", None)
-    require("hidden_act", "gelu", "gelu")
-    require("qkv_bias", True, True)
-    names = {
-        "in_channels": ("num_channels", 3),
-        "img_size": ("image_size", 224),
-        "patch_size": ("patch_size", 16),
-        "num_layers": ("num_hidden_layers", 12),
-        "num_heads": ("num_attention_heads", 12),
-        "mlp_dim": ("intermediate_size", 3072),
-        "hidden_size": ("hidden_size", 768),
-        "layer_norm_eps": ("layer_norm_eps", 1e-12),
-    }  # the defaults are those of transformers' ViTConfig, which leaves out of the file what equals them
-    architecture = {ours: hf.get(theirs, default) for ours, (theirs, default) in names.items()}
-    preprocessor = folder / "preprocessor_config.json"
-    if not preprocessor.is_file():
-        raise UserError(f"{preprocessor} is missing: it holds the mean and std that the checkpoint was trained with.")
-    pixels = _read_json(preprocessor)
-    half = [0.5, 0.5, 0.5]
-    return architecture, Normalization(tuple(pixels.get("image_mean", half)), tuple(pixels.get("image_std", half)))
+    if (model_type := hf.get("model_type")) not in DEFAULTS:
+        raise UserError(f"{file}: model_type is {model_type!r}; supported are {', '.join(DEFAULTS)}.")
+    hf = DEFAULTS[model_type] | hf
+    for field, expected in {"hidden_act": "gelu", "num_channels": 3}.items():
+        if hf[field] != expected:
+            raise UserError(f"{file}: {field} is {hf[field]!r}; only {expected!r} is supported.")
+    for field, default in DEFAULTS[model_type].items():
+        if isinstance(default, int | float) and (isinstance(hf[field], bool) != isinstance(default, bool)
+                or not isinstance(hf[field], int | float) or hf[field] < 0):  # fmt: skip
+            raise UserError(f"{file}: {field} is {hf[field]!r}, where a number like {default!r} is expected.")
+    for field, divisor in {"image_size": "patch_size", "hidden_size": "num_attention_heads"}.items():
+        if hf[field] % hf[divisor]:
+            raise UserError(f"{file}: {field} {hf[field]} is no multiple of {divisor} {hf[divisor]}.")
+    return hf
 
 
-def load_backbone(folder: Path, architecture: dict) -> dict[str, np.ndarray]:
-    """All parameters but the classifier's, by path, float32, from the folder's safetensors."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder} holds no *.safetensors (PyTorch's pickled *.bin is not read): convert it first.")
-    tensors = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="flax") as opened:  # flax, for numpy has no bfloat16
-                tensors |= {name: np.asarray(opened.get_tensor(name), np.float32) for name in opened.keys()}
-        except SafetensorError as error:
-            raise UserError(f"{file} is not a readable safetensors file ({error}): fetch it again.") from None
-    return convert(tensors, architecture, source=str(folder))
+def architecture_of(hf: dict) -> dict:
+    """Arguments of `VisionTransformer` from the fields of a config.json with its defaults."""
+    dinov2 = hf["model_type"] != "vit"
+    mlp_dim = int(hf["hidden_size"] * hf["mlp_ratio"]) if dinov2 else hf["intermediate_size"]
+    gated = dinov2 and hf["use_swiglu_ffn"]
+    return {
+        "in_channels": hf["num_channels"],
+        "img_size": hf["image_size"],
+        "patch_size": hf["patch_size"],
+        "num_layers": hf["num_hidden_layers"],
+        "num_heads": hf["num_attention_heads"],
+        "mlp_dim": (int(mlp_dim * 2 / 3) + 7) // 8 * 8 if gated else mlp_dim,
+        "hidden_size": hf["hidden_size"],
+        "layer_norm_eps": hf["layer_norm_eps"],
+        "qkv_bias": hf["qkv_bias"],
+        "layer_scale": dinov2,
+        "gated": gated,
+        "num_registers": hf.get("num_register_tokens", 0),
+        "pool": "cls+mean" if dinov2 else "cls",
+    }
 
 
 def from_flax_vit(model) -> tuple[dict, dict[str, np.ndarray]]:
-    """`FlaxViTForImageClassification` in memory -> (arguments of `VisionTransformer`, all parameters by path)."""
+    """`FlaxViTForImageClassification` (or Dinov2's) in memory -> (arguments of `VisionTransformer`, all parameters)."""
     hf = model.config
-    architecture = dict(
-        num_classes=hf.num_labels,
-        in_channels=hf.num_channels,
-        img_size=hf.image_size,
-        patch_size=hf.patch_size,
-        num_layers=hf.num_hidden_layers,
-        num_heads=hf.num_attention_heads,
-        mlp_dim=hf.intermediate_size,
-        hidden_size=hf.hidden_size,
-        layer_norm_eps=hf.layer_norm_eps,
-    )
-    tensors = {}
+    architecture = architecture_of(DEFAULTS[hf.model_type] | hf.to_dict())
 
-    def visit(tree: dict, path: tuple[str, ...]) -> None:
+    def leaves(tree: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Tensor]]:
         for key, value in tree.items():
             if hasattr(value, "items"):
-                visit(value, path + (key,))
-            elif key == "kernel":  # (..., in, out) there, (out, in, ...) in PyTorch's naming
-                value = np.asarray(value)
-                order = (3, 2, 0, 1) if value.ndim == 4 else (1, 0)
-                tensors[".".join(path + ("weight",))] = value.transpose(order)
+                yield from leaves(value, (*path, key))
             else:
-                tensors[".".join(path + ("weight" if key == "scale" else key,))] = np.asarray(value)
+                array = np.asarray(value)
+                yield ".".join((*path, key)), Tensor(array.shape, str(array.dtype), lambda array=array: array)
 
-    visit(model.params, ())
-    return architecture, convert(tensors, architecture, source="the Flax model", with_classifier=True)
+    tensors = _canonical(dict(leaves(model.params)))
+    check_tensors(tensors, architecture, hf.num_labels, "the Flax model")
+    rows = mapping(architecture, hf.num_labels)
+    params = {row.path: row.to_ours(tensors[row.name].read().astype(np.float32, copy=False)) for row in rows}
+    return architecture | {"num_classes": hf.num_labels}, params
 
 
-def convert(
-    tensors: dict[str, np.ndarray], architecture: dict, source: str, with_classifier: bool = False
-) -> dict[str, np.ndarray]:
-    """Tensors in PyTorch's naming -> parameters by path; UserError names a missing, misshaped or extra tensor."""
-    if not any(name.startswith("vit.") for name in tensors):  # a ViTModel, saved without its head
-        tensors = {"vit." + name: tensor for name, tensor in tensors.items()}
-    params, used = {}, set()
-    for path, name, shape, order, to in mapping(**architecture):
-        if path.startswith("classifier/") and not with_classifier:
-            continue
+def check_tensors(tensors: dict[str, Tensor], architecture: dict, num_classes: int, source: str) -> None:
+    """UserError for a tensor that is missing, misshaped, not of floats, or has no place in the model."""
+    rows = {row.name: row for row in mapping(architecture, num_classes) if num_classes or "classifier" not in row.name}
+    for name, row in rows.items():
         if name not in tensors:
-            raise UserError(f"{source}: the tensor {name!r} is missing; is it a whole ViT checkpoint?")
-        if tensors[name].shape != shape:
+            raise UserError(f"{source}: the tensor {name!r} is missing; is it a whole checkpoint?")
+        if tensors[name].shape != row.shape:
             raise UserError(
-                f"{source}: the tensor {name!r} has shape {tensors[name].shape}, but its config.json asks for {shape}."
+                f"{source}: the tensor {name!r} has shape {tensors[name].shape}, but its config.json asks for "
+                f"{row.shape}."
             )
-        used.add(name)
-        params[path] = np.ascontiguousarray(tensors[name].transpose(order).reshape(to), np.float32)
-    # The pooler is no part of the classifier's path from image to logits, and the old head gives way to a new one.
-    ignored = {name for name in tensors if name.startswith(("vit.pooler.", "classifier.", "vit.classifier."))}
-    if extra := sorted(tensors.keys() - used - ignored):
-        raise UserError(f"{source}: {len(extra)} tensors have no place in a ViT: {', '.join(extra[:5])} …")
-    return params
+        if tensors[name].dtype not in ("F32", "F16", "BF16", "F64", "float32"):
+            raise UserError(f"{source}: the tensor {name!r} is of type {tensors[name].dtype}: floats are expected.")
+    # Neither is a part of the way from image to logits.
+    unused = {name for name in tensors if name.startswith("pooler.") or name == "embeddings.mask_token"}
+    if extra := sorted(tensors.keys() - rows - unused):
+        raise UserError(f"{source}: {len(extra)} tensors have no place in the model: {', '.join(extra[:5])} …")
 
 
-def mapping(
-    hidden_size: int,
-    num_heads: int,
-    mlp_dim: int,
-    num_layers: int,
-    patch_size: int,
-    img_size: int,
-    in_channels: int,
-    num_classes: int = 0,
-    **_,
-):
-    """Rows (our path, Hugging Face's name, its shape, its axes in our order, our shape)."""
-    d, heads = hidden_size, (num_heads, hidden_size // num_heads)
+def mapping(architecture: dict, num_classes: int) -> list[Row]:
+    """Every parameter of the model and the tensor it is in a checkpoint, in the naming that the family's have."""
+    a = PARTS | architecture
+    d, heads = a["hidden_size"], (a["num_heads"], a["hidden_size"] // a["num_heads"])
+    patch_size, channels = a["patch_size"], a["in_channels"]
+    vit = family(a) == "vit"
+    norm1, norm2 = ("layernorm_before", "layernorm_after") if vit else ("norm1", "norm2")
+    first, second = ("intermediate.dense", "output.dense") if vit else ("mlp.fc1", "mlp.fc2")
+    if a["gated"]:
+        first, second = "mlp.weights_in", "mlp.weights_out"
+    rows = []
 
-    def linear(path: str, name: str, fan_in: int, fan_out: int, kernel: tuple | None = None, bias: tuple | None = None):
-        yield f"{path}/kernel", f"{name}.weight", (fan_out, fan_in), (1, 0), kernel or (fan_in, fan_out)
-        yield f"{path}/bias", f"{name}.bias", (fan_out,), (0,), bias or (fan_out,)
+    def same(path: str, name: str, *shape: int) -> None:
+        rows.append(Row(path, name, shape, tuple(range(len(shape))), shape))
 
-    def norm(path: str, name: str):
-        yield f"{path}/scale", f"{name}.weight", (d,), (0,), (d,)
-        yield f"{path}/bias", f"{name}.bias", (d,), (0,), (d,)
+    def norm(path: str, name: str) -> None:
+        same(f"{path}/scale", f"{name}.weight", d)
+        same(f"{path}/bias", f"{name}.bias", d)
 
-    tokens = (1, (img_size // patch_size) ** 2 + 1, d)
-    patch = (patch_size, patch_size, in_channels, d)
-    projection = "vit.embeddings.patch_embeddings.projection"
-    yield "cls_token", "vit.embeddings.cls_token", (1, 1, d), (0, 1, 2), (1, 1, d)
-    yield "position_embeddings", "vit.embeddings.position_embeddings", tokens, (0, 1, 2), tokens
-    yield (
-        "patch_embeddings/kernel",
-        f"{projection}.weight",
-        (d, in_channels, patch_size, patch_size),
-        (2, 3, 1, 0),
-        patch,
-    )
-    yield "patch_embeddings/bias", f"{projection}.bias", (d,), (0,), (d,)
-    for i in range(num_layers):
-        ours, theirs = f"encoder/layers/{i}", f"vit.encoder.layer.{i}"
-        yield from norm(f"{ours}/norm1", f"{theirs}.layernorm_before")
+    def linear(path: str, name: str, fan_in: int, fan_out: int, kernel=None, bias: tuple | None = ()) -> None:
+        rows.append(Row(f"{path}/kernel", f"{name}.weight", (fan_out, fan_in), (1, 0), kernel or (fan_in, fan_out)))
+        if bias is not None:
+            rows.append(Row(f"{path}/bias", f"{name}.bias", (fan_out,), (0,), bias or (fan_out,)))
+
+    same("cls_token", "embeddings.cls_token", 1, 1, d)
+    same("position_embeddings", "embeddings.position_embeddings", 1, (a["img_size"] // patch_size) ** 2 + 1, d)
+    if a["num_registers"]:
+        same("registers", "embeddings.register_tokens", 1, a["num_registers"], d)
+    projection, patch = "embeddings.patch_embeddings.projection", (patch_size, patch_size, channels, d)
+    rows.append(Row("patch_embeddings/kernel", f"{projection}.weight", (d, *patch[2::-1]), (2, 3, 1, 0), patch))
+    same("patch_embeddings/bias", f"{projection}.bias", d)
+    for i in range(a["num_layers"]):
+        ours, theirs = f"encoder/layers/{i}", f"encoder.layer.{i}"
+        norm(f"{ours}/norm1", f"{theirs}.{norm1}")
         for part in ("query", "key", "value"):
-            yield from linear(f"{ours}/attn/{part}", f"{theirs}.attention.attention.{part}", d, d, (d, *heads), heads)
-        yield from linear(f"{ours}/attn/out", f"{theirs}.attention.output.dense", d, d, (*heads, d))
-        yield from norm(f"{ours}/norm2", f"{theirs}.layernorm_after")
-        yield from linear(f"{ours}/mlp/layers/0", f"{theirs}.intermediate.dense", d, mlp_dim)
-        yield from linear(f"{ours}/mlp/layers/2", f"{theirs}.output.dense", mlp_dim, d)
-    yield from norm("final_norm", "vit.layernorm")
-    yield from linear("classifier", "classifier", d, num_classes)
+            bias = heads if a["qkv_bias"] else None
+            linear(f"{ours}/attn/{part}", f"{theirs}.attention.attention.{part}", d, d, (d, *heads), bias)
+        linear(f"{ours}/attn/out", f"{theirs}.attention.output.dense", d, d, (*heads, d))
+        norm(f"{ours}/norm2", f"{theirs}.{norm2}")
+        linear(f"{ours}/mlp/layers/0", f"{theirs}.{first}", d, 2 * a["mlp_dim"] if a["gated"] else a["mlp_dim"])
+        linear(f"{ours}/mlp/layers/2", f"{theirs}.{second}", a["mlp_dim"], d)
+        if a["layer_scale"]:
+            same(f"{ours}/scale1", f"{theirs}.layer_scale1.lambda1", d)
+            same(f"{ours}/scale2", f"{theirs}.layer_scale2.lambda1", d)
+    norm("final_norm", "layernorm")
+    linear("classifier", "classifier", d if a["pool"] == "cls" else 2 * d, num_classes)
+    return rows
+
+
+def family(architecture: dict) -> str:
+    """The model_type that has this architecture's parts."""
+    if architecture.get("num_registers"):
+        return "dinov2_with_registers"
+    return "dinov2" if architecture.get("layer_scale") or architecture.get("gated") else "vit"
+
+
+def resize_positions(positions: np.ndarray, new: int, antialias: bool) -> np.ndarray:
+    """(1, 1 + n², d) -> (1, 1 + new², d), bicubic as in torch's `interpolate`, and so in Hugging Face.
+
+    DINOv2 with registers asks for antialiasing, for which torch has another cubic and wider windows.
+    """
+    old = round((positions.shape[1] - 1) ** 0.5)
+    a, stretch = (-0.5, max(old / new, 1.0)) if antialias else (-0.75, 1.0)
+    centers = (np.arange(new) + 0.5) * old / new - 0.5
+    reach = int(np.ceil(2 * stretch)) + 1
+    taps = np.floor(centers).astype(int)[:, None] + np.arange(-reach, reach + 1)
+    x = np.abs(taps - centers[:, None]) / stretch
+    near, far = ((a + 2) * x - (a + 3)) * x * x + 1, ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    weight = np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+    if antialias:  # the window ends at the border, elsewhere the border is repeated
+        weight = np.where((taps >= 0) & (taps < old), weight, 0.0)
+    weight /= weight.sum(axis=1, keepdims=True)
+    matrix = np.zeros((new, old))
+    np.add.at(matrix, (np.arange(new)[:, None], taps.clip(0, old - 1)), weight)
+    grid = positions[0, 1:].reshape(old, old, -1).astype(np.float64)
+    grid = np.einsum("yi,ijd,xj->yxd", matrix, grid, matrix, optimize=True).reshape(1, new * new, -1)
+    return np.concatenate([positions[:, :1], grid], axis=1).astype(np.float32)
+
+
+def _stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    for file in _weight_files(folder):
+        try:
+            opened = safe_open(file, framework="np")
+            for name in opened.keys():
+                header = opened.get_slice(name)
+                read = lambda opened=opened, name=name: opened.get_tensor(name)  # noqa: E731
+                yield name, Tensor(tuple(header.get_shape()), header.get_dtype(), read)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is not a readable safetensors file ({error}): fetch it again.") from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if index.is_file():
+        shards = _read_json(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise UserError(f"{index} has no weight_map that names the files of the tensors: fetch it again.")
+        files = [folder / name for name in sorted(set(shards.values()))]
+        if missing := [file for file in files if not file.is_file()]:
+            raise UserError(f"{missing[0]} is missing, which {index.name} names: fetch it again.")
+        return files
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} holds no *.safetensors (PyTorch's pickled *.bin is not read): convert it first.")
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise UserError(f"{folder} holds {names} and no model.safetensors or {index.name}: which one is meant?")
+    return files
+
+
+def _canonical(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by PyTorch's names without the model's prefix, also those that Flax named, in PyTorch's layout."""
+    tensors = {}
+    for name, tensor in stored.items():
+        prefix, _, rest = name.partition(".")
+        name = rest if prefix in DEFAULTS else name
+        if name.endswith(".kernel"):  # (..., in, out) in Flax, (out, in, ...) in PyTorch
+            axes = (3, 2, 0, 1) if len(tensor.shape) == 4 else (1, 0)
+            shape = tuple(tensor.shape[axis] for axis in axes)
+            tensor = Tensor(shape, tensor.dtype, lambda read=tensor.read, axes=axes: read().transpose(axes))
+        for theirs in (".kernel", ".scale"):
+            name = name.removesuffix(theirs) + ".weight" if name.endswith(theirs) else name
+        tensors[name] = tensor
+    return tensors
 
 
 def _read_json(file: Path) -> dict:
     try:
-        return json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except FileNotFoundError:
         raise UserError(f"{file} is missing: is {file.parent} a Hugging Face checkpoint folder?") from None
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no JSON object.")
+    return content

@@ -72,6 +72,14 @@ def test_a_workdir_that_is_not_shared(slurm, prepared, tmp_path, monkeypatch):
     assert code == 1 and len(lines) == 1 and "run is not the same folder on all nodes" in lines[0]
 
 
+def test_a_checkpoint_that_cannot_be_written(slurm, prepared, tmp_path):
+    """A limit on the size of files stands in for a full disk: Orbax's threads fail, on one process before the other."""
+    code, lines = start(slurm, prepared, tmp_path / "run", "ulimit -f 12; $TRAIN --config.checkpoint.every='1 steps'")
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert code == 1 and len(errors) == 1 and "File too large: make room" in errors[0], lines
+    assert "Traceback" not in "".join(lines)
+
+
 def test_a_wrong_flag_is_told_once(slurm, prepared, tmp_path):
     code, lines = start(slurm, prepared, tmp_path / "run", "$TRAIN --config.optimiser=adamw")
     assert code == 2 and len(lines) == 1 and "did you mean 'optimizer" in lines[0]
@@ -92,8 +100,8 @@ def damage_images(_job, birds):
         image.write_bytes(b"no image")
 
 
-def kill_rank_1(job, _birds):
-    os.kill(job.processes()[1], signal.SIGKILL)
+def kill(rank):
+    return lambda job, _birds: os.kill(job.processes()[rank], signal.SIGKILL)
 
 
 KILLED = "error: process 1 of 2 on 127.0.0.[1-4] ended without a word: killed, or out of memory."
@@ -102,11 +110,12 @@ KILLED = "error: process 1 of 2 on 127.0.0.[1-4] ended without a word: killed, o
 @pytest.mark.parametrize(
     "moment, happens, message, code",
     [
-        ("of 2 process(es)", kill_rank_1, KILLED, "137:0"),  # before the compilation
-        ("step 5/", kill_rank_1, KILLED, "137:0"),
+        ("of 2 process(es)", kill(1), KILLED, "137:0"),  # before the compilation
+        ("step 5/", kill(1), KILLED, "137:0"),
+        ("step 5/", kill(0), KILLED.replace("process 1", "process 0"), "137:0"),
         ("step 5/", damage_images, "cannot be read ", "1:0"),
     ],
-    ids=["killed in start-up", "killed", "damaged images"],
+    ids=["killed in start-up", "killed", "first killed", "damaged images"],
 )
 def test_the_end_of_one_process_ends_all_with_one_message(
     slurm, prepared, tmp_path, monkeypatch, moment, happens, message, code

@@ -1,5 +1,6 @@
 """The scripts of launch/ that the other tests do not start, and a node that fails."""
 
+import os
 import subprocess
 
 from real_slurm import TINY, last_step, wait_until
@@ -11,25 +12,38 @@ def test_one_task_for_each_node_on_staged_data(slurm, prepared, tmp_path, monkey
     archive, disk = tmp_path / f"{prepared.name}.tar", tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["tar", "-cf", archive, "-C", prepared.parent, prepared.name], check=True)
+    slow = tmp_path / "bin" / "tar"  # a minute for the first turn, which is preempted meanwhile
+    slow.parent.mkdir()
+    slow.write_text(
+        f'#!/bin/sh\n[ -e {tmp_path}/second ] || {{ touch {tmp_path}/second; sleep 60; }}\nexec /bin/tar "$@"\n'
+    )
+    slow.chmod(0o755)
+    monkeypatch.setitem(slurm.environment, "PATH", f"{slow.parent}:{os.environ['PATH']}")
     monkeypatch.setitem(slurm.environment, "STAGE", str(archive))
     monkeypatch.setitem(slurm.environment, "TMPDIR", str(disk))
     job = slurm.submit(
         "launch/train_by_node.sbatch", "--nodes=2", "--cpus-per-task=2", f"--output={tmp_path / 'log'}", "--",
         TINY, "--config.data.root=nowhere", f"--workdir={tmp_path / 'run'}", "--config.epochs=2",
     )  # fmt: skip
-    assert job.wait(120) == "COMPLETED", job.log()
+    wait_until((tmp_path / "second").exists, 60, job.log)
+    slurm.run("sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    assert job.wait(120) == "COMPLETED" and job["Restarts"] == "1", job.log()
     assert "of 2 process(es)" in job.log() and job.log().count("is unpacked in") == 1  # the nodes share this disk
-    assert (disk / prepared.name / "metadata.parquet").exists()
+    assert (disk / f"vit-nabirds-{os.getuid()}" / prepared.name / "metadata.parquet").exists()
 
 
-def test_a_sweep_trains_each_rate_in_its_own_workdir(slurm, prepared, tmp_path, monkeypatch):
+def test_a_sweep_trains_each_rate_in_its_own_workdir_whatever_comes(slurm, prepared, tmp_path, monkeypatch):
     monkeypatch.setitem(slurm.environment, "RATES", "0.01 0.002")
     job = slurm.submit(
         "launch/sweep.sbatch", "--cpus-per-task=1", f"--output={tmp_path / 'log-%a'}", "--",
-        TINY, f"--config.data.root={prepared}", f"--workdir={tmp_path}", "--config.epochs=2",
+        TINY, f"--config.data.root={prepared}", f"--workdir={tmp_path}", "--config.epochs=20",
     )  # fmt: skip
     logs = [tmp_path / "log-0", tmp_path / "log-1"]
+    for log in logs:
+        wait_until(lambda: log.exists() and "step 5/" in log.read_text(), 60)  # noqa: B023
+    slurm.run("scancel", "--signal=TERM", job.number)
     wait_until(lambda: not slurm.run("squeue", "-h", f"--job={job.number}").stdout, 120)
+    assert all("asking Slurm for another turn" in log.read_text() for log in logs)
     assert all("finished: " in log.read_text() for log in logs)
     runs = [tmp_path / f"learning_rate={rate}" / "metrics.jsonl" for rate in ("0.01", "0.002")]
     results = [read_evaluations(run) for run in runs]
