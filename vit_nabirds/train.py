@@ -150,6 +150,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         loaded = {}
         if pretrained:
             loaded = pretrained.load(architecture, species, lambda array: devices.replicate(array, mesh))
+            del pretrained  # and with it the mapped files
 
         # State: all is known to be right, and from here on the run writes
         workdir.mkdir(parents=True, exist_ok=True)

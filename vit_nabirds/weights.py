@@ -70,7 +70,7 @@ class Checkpoint:
         for row in mapping(self.architecture, len(self.labels)):
             if row.path.startswith("classifier/") and not with_head:
                 continue
-            array = self.tensors[row.name].read().astype(np.float32, copy=False)
+            array = self.tensors[row.name].read()
             if not np.isfinite(array).all():
                 raise UserError(f"{self.source}: the tensor {row.name!r} holds values that are not finite.")
             if row.path.startswith("classifier/"):
@@ -100,7 +100,7 @@ class Row(NamedTuple):
 
     def to_ours(self, array: np.ndarray) -> np.ndarray:
         to = self.to if array.shape == self.shape else array.transpose(self.axes).shape  # resized
-        return np.ascontiguousarray(array.transpose(self.axes).reshape(to))
+        return np.ascontiguousarray(array.transpose(self.axes).reshape(to), np.float32)
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
         transposed = array.reshape([self.shape[axis] for axis in self.axes])
@@ -231,7 +231,7 @@ def from_flax_vit(model) -> tuple[dict, dict[str, np.ndarray]]:
     tensors = _canonical(dict(leaves(model.params)))
     check_tensors(tensors, architecture, hf.num_labels, "the Flax model")
     rows = mapping(architecture, hf.num_labels)
-    params = {row.path: row.to_ours(tensors[row.name].read().astype(np.float32, copy=False)) for row in rows}
+    params = {row.path: row.to_ours(tensors[row.name].read()) for row in rows}
     return architecture | {"num_classes": hf.num_labels}, params
 
 

@@ -1,0 +1,80 @@
+"""Host memory while a checkpoint of ViT-L's size is loaded, as training loads it:  python -m benchmarks.loading [DTYPE]
+
+Peak resident memory beyond what was there before, in units of the checkpoint's size: 1 is the parameters themselves
+(in float32; twice a float16 file's size).
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from vit_nabirds import devices, model, weights
+
+VIT_L = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
+
+
+def write_checkpoint(folder: Path, dtype: str) -> None:
+    architecture = weights.architecture_of(weights.DEFAULTS["vit"] | VIT_L | {"model_type": "vit"})
+    rows = [row for row in weights.mapping(architecture, 0) if "classifier" not in row.name]
+    draw = np.random.default_rng(0)
+    tensors = {f"vit.{row.name}": draw.standard_normal(row.shape, np.float32).astype(dtype) for row in rows}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(VIT_L | {"model_type": "vit"}))
+    (folder / "preprocessor_config.json").write_text("{}")
+
+
+def resident() -> int:
+    """Bytes of this process in memory, those of mapped files among them."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def main() -> None:
+    dtype = sys.argv[1] if sys.argv[1:] else "float32"
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        writer = f"from benchmarks.loading import *; write_checkpoint(Path({str(folder)!r}), {dtype!r})"
+        subprocess.run([sys.executable, "-c", writer], check=True)
+        size = (folder / "model.safetensors").stat().st_size
+        mesh = devices.make_mesh()
+        checkpoint = weights.open_checkpoint(str(folder))
+        architecture = checkpoint.architecture
+        before, peak, done = resident(), 0, threading.Event()
+
+        def watch() -> None:
+            nonlocal peak
+            while not done.wait(0.002):
+                peak = max(peak, resident())
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        start = time.monotonic()
+        loaded = checkpoint.load(architecture, [], lambda array: devices.replicate(array, mesh))
+        del checkpoint
+        initial = jax.jit(
+            lambda loaded: model.initial_params(architecture, 404, 0) | loaded,
+            donate_argnums=0,
+            out_shardings=devices.replicated(mesh),
+        )
+        params = jax.block_until_ready(initial(loaded))
+        seconds = time.monotonic() - start
+        done.set()
+        watcher.join()
+        final = sum(array.nbytes for array in params.values())
+        print(
+            f"ViT-L, {dtype}: file {size / 1e9:.2f} GB, parameters {final / 1e9:.2f} GB, peak "
+            f"{(peak - before) / 1e9:.2f} GB: {(peak - before - final) / size:.2f} x the file beyond the parameters, "
+            f"in {seconds:.1f} s"
+        )
+
+
+if __name__ == "__main__":
+    main()
