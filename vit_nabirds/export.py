@@ -36,6 +36,7 @@ def export(workdir: Path, out: Path, step: int | None = None) -> None:
         save_checkpoint(unfinished, about.architecture, run.params, about.species, about.normalization)
         (unfinished / "README.md").write_text(model_card(run, out.name))
         unfinished.chmod(0o755)
+        (unfinished / "model.safetensors").chmod(0o644)  # both were made for this user alone
         os.rename(unfinished, out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -26,7 +26,6 @@ log = logging.getLogger("vit_nabirds")
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 COLUMNS = {"file": pl.String, "rank": pl.Int32, "species": pl.String, "probability": pl.Float32, "problem": pl.String}
-PREDICTIONS_PER_DEVICE = 32
 
 
 class Classifier:
@@ -58,7 +57,7 @@ class Classifier:
         """A dict for each image, in order, read as it is asked for: `file`, `species` and `probability` (lists of the
         topk likeliest) and `problem`: None, or why the image cannot be read, and then the lists are empty."""
         topk = min(topk, len(self.species))
-        batch_size = PREDICTIONS_PER_DEVICE * self._mesh.size
+        batch_size = (8 if jax.default_backend() == "cpu" else 64) * self._mesh.size
         images, waiting = iter(images), collections.deque()
         with ThreadPoolExecutor(cpu_share()) as pool:
             while True:

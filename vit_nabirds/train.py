@@ -276,9 +276,10 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
     log.info(
         "finished: accuracy %.4f on %d test images; best checkpoint: step %d\n"
         "  see the curves:  tensorboard --logdir=%s\n"
-        "  score the best:  python main.py evaluate --workdir=%s%s",
+        "  score the best:  python main.py evaluate --workdir=%s\n"
+        "  name birds:      python main.py predict --workdir=%s --images=FOLDER --out=birds.csv%s",
         evaluations[step]["test/accuracy"], evaluations[step]["test/examples"], checkpoints.best_step,
-        workdir, workdir, REAL_BIRDS if config.data.synthetic else "",
+        workdir, workdir, workdir, REAL_BIRDS if config.data.synthetic else "",
     )  # fmt: skip
     return FINISHED
 
