@@ -122,6 +122,8 @@ def test_the_classifier_is_loaded_for_its_own_species_alone_in_any_order(folder)
     np.testing.assert_array_equal(turned["classifier/bias"], params["classifier/bias"][[2, 0, 1]])
     np.testing.assert_array_equal(turned["classifier/kernel"], params["classifier/kernel"][:, [2, 0, 1]])
     assert "classifier/kernel" not in load(folder, labels=["LABEL_0", "LABEL_1", "Blue Jay"])[1]
+    edit(folder, id2label={"0": "crane", "1": "crane", "2": "maillot"})  # as ImageNet has it
+    np.testing.assert_array_equal(load(folder)[1]["classifier/bias"], params["classifier/bias"])
 
 
 def test_the_log_says_what_became_of_each_tensor(folder, caplog):
@@ -211,6 +213,7 @@ BROKEN = {
     "no number": (lambda f: edit(f, hidden_size="16"), "hidden_size is '16', where a number"),
     "heads": (lambda f: edit(f, num_attention_heads=3), "hidden_size 16 is no multiple of num_attention_heads 3"),
     "patches": (lambda f: edit(f, patch_size=7), "image_size 16 is no multiple of patch_size 7"),
+    "images": (lambda f: edit(f, "preprocessor_config.json", size=20), "images have 20 px, which is no multiple of"),
     "labels": (lambda f: edit(f, id2label={"0": "Blue Jay"}), "classifier has 3 rows, but id2label of config.json 1"),
     "damaged weights": (lambda f: (f / "model.safetensors").write_bytes(b"12345678" * 4), "not a readable safetensors"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no .*safetensors"),

@@ -58,7 +58,7 @@ def test_an_image_in_memory_and_one_that_lies_on_its_side(run, test_images, tmp_
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
     upright.rotate(90).save(tmp_path / "turned.png", exif=exif)
     straight, turned = Classifier(workdir=run)([upright, tmp_path / "turned.png"], topk=1)
-    assert straight["file"] is None
+    assert straight["file"] is None and upright.getpixel((0, 0)) is not None  # not closed
     assert straight["probability"] == pytest.approx(turned["probability"])
 
 

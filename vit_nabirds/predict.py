@@ -1,6 +1,7 @@
 """Photographs -> the species in them, by a run's checkpoint or a Hugging Face image classifier."""
 
 import collections
+import contextlib
 import itertools
 import json
 import logging
@@ -98,7 +99,7 @@ class Classifier:
 
 def read_image(image: str | Path | Image.Image) -> Image.Image:
     """RGB, upright."""
-    with image if isinstance(image, Image.Image) else Image.open(image) as opened:
+    with contextlib.nullcontext(image) if isinstance(image, Image.Image) else Image.open(image) as opened:
         if opened.mode.startswith(("I", "F")):
             raise ValueError("more than 8 bits a pixel, convert it to 8")
         return ImageOps.exif_transpose(opened).convert("RGB")

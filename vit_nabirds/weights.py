@@ -64,8 +64,10 @@ class Checkpoint:
 
         Positions are resized to `architecture`; the classifier is loaded when it has all `labels`, in their order.
         """
-        with_head = set(labels) == set(self.labels) and architecture["pool"] == self.architecture["pool"] and labels
-        order = [self.labels.index(label) for label in labels] if with_head else []
+        same = labels == self.labels  # ImageNet's has two cranes
+        with_head = labels and (same or len(set(labels)) == len(labels) and set(labels) == set(self.labels))
+        with_head = with_head and architecture["pool"] == self.architecture["pool"]
+        order = [i if same else self.labels.index(label) for i, label in enumerate(labels)] if with_head else []
         params, used, resized = {}, [], "none"
         for row in mapping(self.architecture, len(self.labels)):
             if row.path.startswith("classifier/") and not with_head:
@@ -144,6 +146,10 @@ def open_checkpoint(name: str) -> Checkpoint:
     check_tensors(tensors, architecture, len(labels), str(folder))
     size = processor.get("crop_size" if processor.get("do_center_crop") else "size", hf["image_size"])
     size = size if isinstance(size, int) else size.get("height") or size.get("shortest_edge") or hf["image_size"]
+    if size % hf["patch_size"]:
+        raise UserError(
+            f"{folder}: its images have {size} px, which is no multiple of its patch_size {hf['patch_size']}."
+        )
     half = (0.5, 0.5, 0.5)
     normalization = Normalization(tuple(processor.get("image_mean") or half), tuple(processor.get("image_std") or half))
     pads = bool(processor.get(PAD_TO_SQUARE))
