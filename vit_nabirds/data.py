@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import hashlib
 import signal
+import sys
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -203,6 +204,7 @@ def _deaf_to_signals(batches: grain.DatasetIterator) -> Iterator[dict[str, np.nd
     Slurm and the terminal signal every process of a job; the main one decides when its workers end. A process inherits
     the signals that its parent blocks, and so is deaf to them from its first instruction on.
     """
+    sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")  # it frees what a stop leaves
     resource_tracker.ensure_running()  # which would unblock them, were it started later
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
