@@ -91,8 +91,9 @@ if [ "$(tail -n $((limit + 1)) "$workdir/restarts.log" | grep -c "^$mark ")" -gt
 fi
 # A job that ends by itself inside the grace time of its preemption is not queued again by Slurm.
 for pause in 5 20 60; do # the controller may be busy
-    if state=$(squeue --noheader --job="$this" --format=%T); then
-        [ "$state" = RUNNING ] || exit $code # cancelled, or queued again by Slurm
+    if state=$(scontrol show job --oneliner "$this"); then
+        # cancelled, queued again by Slurm, or submitted with --no-requeue
+        [[ $state == *" JobState=RUNNING "* && $state == *" Requeue=1 "* ]] || exit $code
         echo "asking Slurm for another turn, to go on from step ${newest:-0}"
         scontrol requeue "$this" && exit $code
     fi
