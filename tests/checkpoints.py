@@ -28,6 +28,7 @@ def save_drawn(folder, model_type, fields) -> None:
     if model_type != "vit":
         names[f"{model_type}.embeddings.mask_token"] = (1, architecture["hidden_size"])
     (folder / "config.json").write_text(json.dumps(config))
-    save_file({name: drawn(name, shape) for name, shape in names.items()}, folder / "model.safetensors")
+    tensors = {name: drawn(name, shape) for name, shape in names.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     processor = {"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))

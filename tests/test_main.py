@@ -121,6 +121,7 @@ USAGE = {
     "unknown flag": (["prepare", "--archiv=x"], "Unknown command line flag 'archiv'. Did you mean: archive"),
     "flag of another command": (["--archive=x"], "Unknown command line flag 'archive'"),
     "missing flag": (["prepare", "--out=x"], "--archive"),
+    "neither run nor model": (["predict", "--images=x", "--out=y.csv"], "workdir"),
     "stray argument": (["evaluate", "--workdir=x", "y"], "unexpected argument 'y'"),
     "mistyped field": (["--config.optimizer.lerning_rate=1"], "did you mean 'optimizer.learning_rate'"),
     "field of another group": (["--config.learning_rate=1"], "did you mean 'optimizer.learning_rate'"),

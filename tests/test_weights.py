@@ -6,6 +6,7 @@ import pytest
 from checkpoints import TINY, save_drawn
 from conftest import SHARED
 from flax import nnx
+from PIL import Image
 from reference_logits import drawn
 from transformers import (
     AutoImageProcessor,
@@ -16,6 +17,7 @@ from transformers import (
 
 from vit_nabirds import export, model, weights
 from vit_nabirds.augment import zscore
+from vit_nabirds.verify import verify
 
 REAL = SHARED / "vit-small-patch14-224"
 
@@ -99,3 +101,19 @@ def test_transformers_loads_what_is_exported(model_type, pool, tmp_path):
     pixels = processor(images=list(images), return_tensors="np")["pixel_values"].transpose(0, 2, 3, 1)
     ours = zscore(images / np.float32(255), checkpoint.normalization)
     np.testing.assert_allclose(logits(architecture, params, ours), reference_logits(reference, pixels), atol=1e-4)
+
+
+def test_verify_compares_prints_draws_and_judges(hf_folder, tmp_path, capsys):
+    draw = np.random.default_rng(0)
+    pictures = [tmp_path / "a.png", tmp_path / "b.png"]
+    for picture in pictures:
+        Image.fromarray(draw.integers(0, 256, (20, 30, 3), np.uint8)).save(picture)
+    assert verify(str(hf_folder), [str(picture) for picture in pictures], tmp_path / "figure.png", 1e-4) == 0
+    said = capsys.readouterr().out
+    assert "within the tolerance of 0.0001" in said and all(str(picture) in said for picture in pictures)
+    for line in [line for line in said.splitlines() if "LABEL_" in line]:
+        p, label, our_p, our_label = line.split()
+        assert label == our_label and float(p) == pytest.approx(float(our_p), abs=1e-3) and 0 < float(p) < 1
+    assert Image.open(tmp_path / "figure.png").size[1] > 2 * 160  # two rows of two
+    assert verify(str(hf_folder), [], None, 0.0) == 1
+    assert "a drawn bird" in (said := capsys.readouterr().out) and "ABOVE the tolerance" in said

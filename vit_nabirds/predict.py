@@ -114,7 +114,8 @@ def preprocessing(checkpoint: weights.Checkpoint, size: int) -> Callable[[Image.
     processor = AutoImageProcessor.from_pretrained(checkpoint.folder, use_fast=False)
     square = {"height": size, "width": size}
     sizes = {"size": {"shortest_edge": size} if "shortest_edge" in processor.size else square, "crop_size": square}
-    sizes = {} if size == checkpoint.image_size else sizes
+    own = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
+    sizes = {} if size in (own.get("height"), own.get("shortest_edge")) else sizes
     return lambda image: processor(images=image, return_tensors="np", **sizes)["pixel_values"][0].transpose(1, 2, 0)
 
 

@@ -82,14 +82,21 @@ def load_reference(checkpoint: weights.Checkpoint) -> tuple[Callable[[np.ndarray
     def output(answer):
         return answer.logits if checkpoint.labels else answer.last_hidden_state[:, 0]
 
+    def load(cls, **options):
+        try:
+            return cls.from_pretrained(checkpoint.folder, **options)
+        except Exception as error:  # transformers has no family of errors of its own
+            message = str(error).strip().splitlines()[0]
+            raise UserError(f"transformers' {cls.__name__} cannot load {checkpoint.folder}: {message}") from None
+
     if flax := getattr(transformers, f"Flax{name}", None):
-        network = flax.from_pretrained(checkpoint.folder)
+        network = load(flax)
         forward = jax.jit(lambda params, x: output(network(pixel_values=x, params=params)))
         return lambda pixels: np.asarray(forward(network.params, pixels.transpose(0, 3, 1, 2))), f"Flax{name}"
     if importlib.util.find_spec("torch"):
         import torch
 
-        network = getattr(transformers, name).from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
+        network = load(getattr(transformers, name), dtype=torch.float32).eval()
 
         def forward(pixels: np.ndarray) -> np.ndarray:
             with torch.no_grad():
