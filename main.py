@@ -143,7 +143,7 @@ def verify_flags() -> None:
 def verify() -> int:
     from vit_nabirds.verify import verify
 
-    return verify(FLAGS.checkpoint, FLAGS.image, FLAGS.figure, FLAGS.tolerance)
+    return verify(FLAGS.checkpoint, FLAGS.image, FLAGS.figure and Path(FLAGS.figure), FLAGS.tolerance)
 
 
 COMMANDS = {

@@ -170,10 +170,13 @@ def test_pictures_are_prepared_as_the_checkpoint_says(folder, processor):
     edit(folder, "preprocessor_config.json", image_processor_type=processor, do_resize=True, resample=2,
          do_rescale=True, rescale_factor=1 / 255, do_normalize=True, image_mean=[0.5] * 3, **sizes)  # fmt: skip
     checkpoint = weights.open_checkpoint(str(folder))
-    picture = Image.new("RGB", (60, 40), (255, 0, 51))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))
     pixels = preprocessing(checkpoint, checkpoint.image_size)(picture)
-    assert pixels.shape == (16, 16, 3)
-    np.testing.assert_allclose(pixels[3, 5], (np.array([1, 0, 0.2]) - 0.5) / checkpoint.normalization.std, rtol=1e-5)
+    resized = picture.resize((16, 16), Image.Resampling.BILINEAR)
+    if processor == "BitImageProcessor":
+        resized = picture.resize((30, 20), Image.Resampling.BILINEAR).crop((7, 2, 23, 18))
+    expected = (np.asarray(resized) / 255 - 0.5) / checkpoint.normalization.std
+    np.testing.assert_allclose(pixels, expected, atol=1e-5)
 
 
 QUERY = "dinov2_with_registers.encoder.layer.1.attention.attention.query.weight"
@@ -210,11 +213,26 @@ BROKEN = {
     "no family": (lambda f: edit(f, model_type=None), "model_type is None"),
     "other activation": (lambda f: edit(f, hidden_act="relu"), "hidden_act is 'relu'; only 'gelu' is supported"),
     "grey images": (lambda f: edit(f, num_channels=1), "num_channels is 1; only 3"),
-    "no number": (lambda f: edit(f, hidden_size="16"), "hidden_size is '16', where a number"),
+    "no number": (lambda f: edit(f, hidden_size="16"), "hidden_size is '16', where 768 is"),
     "heads": (lambda f: edit(f, num_attention_heads=3), "hidden_size 16 is no multiple of num_attention_heads 3"),
     "patches": (lambda f: edit(f, patch_size=7), "image_size 16 is no multiple of patch_size 7"),
-    "images": (lambda f: edit(f, "preprocessor_config.json", size=20), "images have 20 px, which is no multiple of"),
-    "labels": (lambda f: edit(f, id2label={"0": "Blue Jay"}), "classifier has 3 rows, but id2label of config.json 1"),
+    "images": (lambda f: edit(f, "preprocessor_config.json", size=20), "size is 20; a multiple of the patch_size 8"),
+    "no square": (lambda f: edit(f, "preprocessor_config.json", size={"height": 16, "width": 8}), "squares are expect"),
+    "no size": (lambda f: edit(f, "preprocessor_config.json", size=None), "size is None; squares are expected"),
+    "other scale": (lambda f: edit(f, "preprocessor_config.json", rescale_factor=1.0), "only 1/255 is supported"),
+    "one mean": (lambda f: edit(f, "preprocessor_config.json", image_mean=0.5), "image_mean is 0.5; three numbers"),
+    "no spread": (lambda f: edit(f, "preprocessor_config.json", image_std=[0, 0, 0]), "image_std is .0, 0, 0.; three"),
+    "no patches": (lambda f: edit(f, patch_size=0), "patch_size is 0, where"),
+    "half a layer": (lambda f: edit(f, num_hidden_layers=2.0), "num_hidden_layers is 2.0, where 12 is an example"),
+    "a label without a row": (
+        lambda f: edit(f, id2label={"0": "a", "1": "b", "3": "c"}),
+        "no table of a label for each",
+    ),
+    "a label that is none": (
+        lambda f: edit(f, id2label={"0": "a", "1": "b", "2": None}),
+        "no table of a label for each",
+    ),
+    "labels": (lambda f: edit(f, id2label={"0": "Blue Jay"}), "classifier has 3 rows, but id2label is no table"),
     "damaged weights": (lambda f: (f / "model.safetensors").write_bytes(b"12345678" * 4), "not a readable safetensors"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no .*safetensors"),
     "pickled weights": (pickled, r"pickled \*.bin is not read"),
@@ -243,6 +261,16 @@ def test_checkpoint_that_is_not_there_is_an_error(monkeypatch):
     for name in ("nobody/nothing", "nobody/nothing@v2"):
         with pytest.raises(UserError, match="could not be fetched.*hf download nobody/nothing`"):
             weights.find_checkpoint(name)
+
+
+def test_labels_and_normalisation_that_are_left_out(folder):
+    config = json.loads((folder / "config.json").read_text())
+    del config["id2label"]
+    (folder / "config.json").write_text(json.dumps(config))
+    edit(folder, "preprocessor_config.json", do_normalize=False)
+    checkpoint = weights.open_checkpoint(str(folder))
+    assert checkpoint.labels == ["LABEL_0", "LABEL_1", "LABEL_2"]
+    assert checkpoint.normalization == weights.Normalization((0, 0, 0), (1, 1, 1))
 
 
 def test_a_vit_saved_without_prefix_and_head_loads_too(tmp_path):

@@ -3,7 +3,8 @@
 import errno
 
 _OF_DISKS = {
-    getattr(errno, name) for name in ("EACCES", "EDQUOT", "EEXIST", "ENOENT", "ENOSPC", "ENOTDIR", "EPERM", "EROFS")
+    getattr(errno, name)
+    for name in ("EACCES", "EDQUOT", "EEXIST", "EISDIR", "ENOENT", "ENOSPC", "ENOTDIR", "EPERM", "EROFS")
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -87,6 +88,8 @@ def save_checkpoint(
     else:
         gated = architecture["gated"]
         ratio = (1.5 if gated else 1.0) * mlp_dim / d
+        while weights.mlp_width(d, ratio, gated) < mlp_dim:  # by rounding
+            ratio = math.nextafter(ratio, math.inf)
         ratio = int(ratio) if ratio.is_integer() else ratio  # the Flax class takes its product for a shape
         fields |= {"mlp_ratio": ratio, "use_swiglu_ffn": gated, "use_mask_token": False}
     if model_type == "dinov2_with_registers":
@@ -141,6 +144,9 @@ from transformers import pipeline
 photo = ImageOps.pad(Image.open("bird.jpg").convert("RGB"), ({size}, {size}))
 print(pipeline("image-classification", model="{name}")(photo))
 ```
+
+A picture that already has {size} x {size} pixels gives the logits of the training; a larger one is resized by another
+method than the training's, which moves the probabilities a little.
 
 **Recipe:**
 

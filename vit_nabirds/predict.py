@@ -5,6 +5,8 @@ import contextlib
 import itertools
 import json
 import logging
+import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,6 +39,8 @@ class Classifier:
     """
 
     def __init__(self, *, workdir: str | Path | None = None, step: int | None = None, model: str | Path | None = None):
+        if (workdir is None) == (model is None) or (step is not None and model):
+            raise UserError("a Classifier is of a workdir, with or without a step, or of a model.")
         if workdir:
             run = open_run(Path(workdir), step)
             self.species, self._mesh = run.about.species, run.mesh
@@ -54,9 +58,13 @@ class Classifier:
             self._prepare = preprocessing(checkpoint, checkpoint.image_size)
         self._top = jax.jit(self._top_probabilities, static_argnums=2)
 
-    def __call__(self, images: Iterable[str | Path | Image.Image], topk: int = 5) -> Iterator[dict]:
+    def __call__(self, images: Iterable[str | Path | Image.Image | np.ndarray], topk: int = 5) -> Iterator[dict]:
         """A dict for each image, in order, read as it is asked for: `file`, `species` and `probability` (lists of the
         topk likeliest) and `problem`: None, or why the image cannot be read, and then the lists are empty."""
+        if topk < 1:
+            raise UserError(f"topk is {topk}: name at least one species.")
+        if isinstance(images, str | Path | Image.Image):
+            images = [images]
         topk = min(topk, len(self.species))
         batch_size = (8 if jax.default_backend() == "cpu" else 64) * self._mesh.size
         images, waiting = iter(images), collections.deque()
@@ -70,7 +78,7 @@ class Classifier:
                 pixels = [job.result() for job in reading]
                 yield from self._predict(chunk, pixels, topk, batch_size)
 
-    def _read(self, image: str | Path | Image.Image) -> np.ndarray | str:
+    def _read(self, image: str | Path | Image.Image | np.ndarray) -> np.ndarray | str:
         """float32 (size, size, 3), normalised; or what is wrong with the image."""
         try:
             return self._prepare(read_image(image))
@@ -85,7 +93,7 @@ class Classifier:
             batch = devices.to_devices({"image": filled}, self._mesh)
             likeliest = zip(*jax.device_get(self._top(self._params, batch["image"], topk)), strict=True)
         for image, array in zip(images, pixels, strict=True):
-            answer = {"file": None if isinstance(image, Image.Image) else str(image)}
+            answer = {"file": str(image) if isinstance(image, str | Path) else None}
             if isinstance(array, str):
                 yield answer | {"species": [], "probability": [], "problem": array}
             else:
@@ -97,8 +105,10 @@ class Classifier:
         return jax.lax.top_k(jax.nn.softmax(apply(self._graphdef, params, images)), topk)
 
 
-def read_image(image: str | Path | Image.Image) -> Image.Image:
-    """RGB, upright."""
+def read_image(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
+    """RGB, upright; an array is uint8 (height, width, 3)."""
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
     with contextlib.nullcontext(image) if isinstance(image, Image.Image) else Image.open(image) as opened:
         if opened.mode.startswith(("I", "F")):
             raise ValueError("more than 8 bits a pixel, convert it to 8")
@@ -111,12 +121,16 @@ def preprocessing(checkpoint: weights.Checkpoint, size: int) -> Callable[[Image.
         return lambda image: _pad_to_square(image, size, checkpoint.normalization)
     from transformers import AutoImageProcessor  # takes a second
 
-    processor = AutoImageProcessor.from_pretrained(checkpoint.folder, use_fast=False)
+    try:
+        processor = AutoImageProcessor.from_pretrained(checkpoint.folder, use_fast=False)
+    except Exception as error:  # transformers has no family of errors of its own
+        raise UserError(f"{checkpoint.folder}: AutoImageProcessor says: {str(error).splitlines()[0]}") from None
     square = {"height": size, "width": size}
     sizes = {"size": {"shortest_edge": size} if "shortest_edge" in processor.size else square, "crop_size": square}
     own = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
     sizes = {} if size in (own.get("height"), own.get("shortest_edge")) else sizes
-    return lambda image: processor(images=image, return_tensors="np", **sizes)["pixel_values"][0].transpose(1, 2, 0)
+    options = sizes | {"return_tensors": "np", "input_data_format": "channels_last"}
+    return lambda image: processor(images=np.asarray(image), **options)["pixel_values"][0].transpose(1, 2, 0)
 
 
 def _pad_to_square(image: Image.Image, size: int, normalization) -> np.ndarray:
@@ -133,12 +147,17 @@ def predict(images: Path, out: Path, topk: int = 5, **source) -> int:
         raise UserError(f"--out={out}: its name must end in .csv, .jsonl or .parquet.")
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out={out}: there is no folder {out.absolute().parent}.")
+    if out.is_dir():
+        raise UserError(f"--out={out} is a folder: give the name of a file.")
     files = find_images(images)
     classifier = Classifier(**source)
     cv2.setNumThreads(1)  # the threads that read are as many as there are cores
-    rows, problems = out.with_name(out.name + ".partial"), 0
-    with rows.open("w") as opened:
+    problems = 0
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as unfinished:
+        rows = Path(unfinished) / "rows"
+        opened = rows.open("w")
         for answer in tqdm(classifier(files, topk), total=len(files), unit=" images", disable=None):
+            answer["file"] = os.fsencode(answer["file"]).decode(errors="replace")
             for rank, (species, probability) in enumerate(zip(answer["species"], answer["probability"], strict=True)):
                 row = {"file": answer["file"], "rank": rank + 1, "species": species, "probability": probability}
                 opened.write(json.dumps(row | {"problem": None}) + "\n")
@@ -146,14 +165,12 @@ def predict(images: Path, out: Path, topk: int = 5, **source) -> int:
                 problems += 1
                 row = dict.fromkeys(COLUMNS) | {"file": answer["file"], "problem": answer["problem"]}
                 opened.write(json.dumps(row) + "\n")
-    if out.suffix == ".jsonl":
-        rows.replace(out)
-    else:
-        finished = out.with_name(out.name + ".finished")
-        table = pl.scan_ndjson(rows, schema=COLUMNS)
-        table.sink_csv(finished) if out.suffix == ".csv" else table.sink_parquet(finished)
+        opened.close()
+        finished = rows
+        if out.suffix != ".jsonl":
+            finished, table = Path(unfinished) / "table", pl.scan_ndjson(rows, schema=COLUMNS)
+            table.sink_csv(finished) if out.suffix == ".csv" else table.sink_parquet(finished)
         finished.replace(out)
-        rows.unlink()
     log.info("%s: %d photographs, at most %d species for each", out, len(files) - problems, topk)
     if problems:
         log.warning("%d of %d files cannot be read: the column 'problem' of %s says why", problems, len(files), out)
@@ -166,7 +183,7 @@ def find_images(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UserError(f"--images={path}: there is no such file or folder.")
-    files = sorted(file for file in path.rglob("*") if file.is_file())
+    files = sorted(file for file in path.rglob("*") if file.is_file() or file.is_symlink() and not file.exists())
     images = [file for file in files if file.suffix.lower() in SUFFIXES]
     if not images:
         raise UserError(f"--images={path}: none of its {len(files)} files ends in {', '.join(SUFFIXES)}.")

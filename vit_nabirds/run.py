@@ -1,5 +1,6 @@
 """The workdir of a training -> one of its checkpoints, loaded for use."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -30,12 +31,13 @@ def open_run(workdir: Path, step: int | None = None) -> Run:
             f"{workdir} holds no run (no 'checkpoints', no 'config.json'): give the --workdir of a training."
         )
     try:
-        cpu_devices = json.loads((workdir / "config.json").read_text())["cpu_devices"]
+        cpu_devices = int(json.loads((workdir / "config.json").read_text())["cpu_devices"])
     except (ValueError, KeyError, TypeError):
         raise UserError(
             f"{workdir / 'config.json'} is damaged: run the training's command again to write it anew."
         ) from None
-    devices.split_cpu(cpu_devices)  # before Orbax asks for devices
+    with contextlib.suppress(RuntimeError):  # JAX is in use already, in a notebook: any number of devices will do
+        devices.split_cpu(cpu_devices)  # before Orbax asks for devices
     mesh = devices.make_mesh()
     checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", read_only=True)
     steps = checkpoints.steps

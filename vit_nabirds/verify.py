@@ -3,6 +3,8 @@
 import importlib.util
 import logging
 import random
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
+from safetensors.numpy import save_file
 
 from vit_nabirds import model, weights
 from vit_nabirds.errors import UserError
@@ -24,12 +27,22 @@ log = logging.getLogger("vit_nabirds")
 def verify(name: str, images: list[str], figure: Path | None, tolerance: float) -> int:
     """Print both top-5s and the largest difference of the logits (without a classifier: of the final class token);
     returns 1 when it is above the tolerance."""
+    if not tolerance >= 0:
+        raise UserError(f"--tolerance={tolerance}: give a number of at least 0.")
+    if figure and (figure.suffix.lower() not in Image.registered_extensions() or not figure.absolute().parent.is_dir()):
+        raise UserError(f"--figure={figure}: give a file in a folder that exists, with a name that ends like .png.")
+    pictures = []
+    for image in images:
+        try:
+            pictures.append(read_image(image))
+        except Exception as error:  # a damaged file makes a decoder raise anything
+            raise UserError(f"--image={image} cannot be read: {error}") from None
+    pictures = pictures or [draw_bird(PLUMAGES[0], 640, 480, random.Random(0))[0]]
     checkpoint = weights.open_checkpoint(name)
     reference, kind = load_reference(checkpoint)
     # At the resolution of its positions, for one of the references resizes them in a way of its own.
     size = checkpoint.architecture["img_size"]
     prepare = preprocessing(checkpoint, size)
-    pictures = [read_image(image) for image in images] or [draw_bird(PLUMAGES[0], 640, 480, random.Random(0))[0]]
     pixels = np.stack([prepare(picture) for picture in pictures])
     theirs, ours = reference(pixels), outputs(checkpoint, pixels)
     difference = float(np.abs(theirs - ours).max())
@@ -83,11 +96,20 @@ def load_reference(checkpoint: weights.Checkpoint) -> tuple[Callable[[np.ndarray
         return answer.logits if checkpoint.labels else answer.last_hidden_state[:, 0]
 
     def load(cls, **options):
-        try:
-            return cls.from_pretrained(checkpoint.folder, **options)
-        except Exception as error:  # transformers has no family of errors of its own
-            message = str(error).strip().splitlines()[0]
-            raise UserError(f"transformers' {cls.__name__} cannot load {checkpoint.folder}: {message}") from None
+        # From a folder with its tensors as every class can load them: one file, with PyTorch's names.
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(checkpoint.folder / "config.json", folder)
+            prefix = "" if not checkpoint.labels else weights.family(checkpoint.architecture) + "."
+            tensors = {
+                key if key.startswith("classifier.") else prefix + key: np.ascontiguousarray(tensor.read())
+                for key, tensor in checkpoint.tensors.items()
+            }
+            save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+            try:
+                return cls.from_pretrained(folder, **options)
+            except Exception as error:  # transformers has no family of errors of its own
+                message = str(error).strip().splitlines()[0]
+                raise UserError(f"transformers' {cls.__name__} cannot load {checkpoint.folder}: {message}") from None
 
     if flax := getattr(transformers, f"Flax{name}", None):
         network = load(flax)

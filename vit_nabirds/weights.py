@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -137,21 +138,22 @@ def open_checkpoint(name: str) -> Checkpoint:
     hf, processor = read_config(folder), _read_json(folder / "preprocessor_config.json")
     tensors = _canonical(dict(_stored_tensors(folder)))
     architecture = architecture_of(hf)
-    labels = [label for _, label in sorted(hf.get("id2label", {}).items(), key=lambda item: int(item[0]))]
-    if "classifier.weight" not in tensors:
-        labels = []
-    elif len(labels) != tensors["classifier.weight"].shape[0]:
-        rows = tensors["classifier.weight"].shape[0]
-        raise UserError(f"{folder}: the classifier has {rows} rows, but id2label of config.json {len(labels)} labels.")
+    labels = []
+    if "classifier.weight" in tensors:
+        rows = [str(row) for row in range(tensors["classifier.weight"].shape[0])]
+        named = hf.get("id2label", {row: f"LABEL_{row}" for row in rows})  # which transformers leaves out
+        if (
+            not isinstance(named, dict)
+            or set(named) != set(rows)
+            or not all(isinstance(x, str) for x in named.values())
+        ):
+            raise UserError(
+                f"{folder / 'config.json'}: the classifier has {len(rows)} rows, but id2label is no table of a label "
+                f"for each of 0 to {len(rows) - 1}."
+            )
+        labels = [named[row] for row in rows]
     check_tensors(tensors, architecture, len(labels), str(folder))
-    size = processor.get("crop_size" if processor.get("do_center_crop") else "size", hf["image_size"])
-    size = size if isinstance(size, int) else size.get("height") or size.get("shortest_edge") or hf["image_size"]
-    if size % hf["patch_size"]:
-        raise UserError(
-            f"{folder}: its images have {size} px, which is no multiple of its patch_size {hf['patch_size']}."
-        )
-    half = (0.5, 0.5, 0.5)
-    normalization = Normalization(tuple(processor.get("image_mean") or half), tuple(processor.get("image_std") or half))
+    size, normalization = read_processor(processor, hf, folder / "preprocessor_config.json")
     pads = bool(processor.get(PAD_TO_SQUARE))
     return Checkpoint(name, folder, architecture, labels, size, normalization, pads, tensors)
 
@@ -190,19 +192,53 @@ def read_config(folder: Path) -> dict:
         if hf[field] != expected:
             raise UserError(f"{file}: {field} is {hf[field]!r}; only {expected!r} is supported.")
     for field, default in DEFAULTS[model_type].items():
-        if isinstance(default, int | float) and (isinstance(hf[field], bool) != isinstance(default, bool)
-                or not isinstance(hf[field], int | float) or hf[field] < 0):  # fmt: skip
-            raise UserError(f"{file}: {field} is {hf[field]!r}, where a number like {default!r} is expected.")
+        value = hf[field]
+        real = isinstance(default, float) or field == "mlp_ratio"
+        kinds = bool if isinstance(default, bool) else (int, float) if real else type(default)
+        if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
+            raise UserError(f"{file}: {field} is {value!r}, where {default!r} is an example.")
+        if field != "num_register_tokens" and not isinstance(value, bool | str) and not 0 < value < math.inf:
+            raise UserError(f"{file}: {field} is {value!r}, where {default!r} is an example.")
     for field, divisor in {"image_size": "patch_size", "hidden_size": "num_attention_heads"}.items():
         if hf[field] % hf[divisor]:
             raise UserError(f"{file}: {field} {hf[field]} is no multiple of {divisor} {hf[divisor]}.")
     return hf
 
 
+def read_processor(processor: dict, hf: dict, file: Path) -> tuple[int, Normalization]:
+    """Side of the images in pixels and their normalisation; UserError for what our loader does not do."""
+
+    def require(field: str, ok: bool, expected: str) -> None:
+        if not ok:
+            raise UserError(f"{file}: {field} is {processor.get(field)!r}; {expected}.")
+
+    require("do_resize", processor.get("do_resize", True) is True, "only true is supported")
+    require("do_rescale", processor.get("do_rescale", True) is True, "only true is supported")
+    factor = processor.get("rescale_factor", 1 / 255)
+    require("rescale_factor", isinstance(factor, float) and abs(255 * factor - 1) < 1e-6, "only 1/255 is supported")
+    field = "crop_size" if processor.get("do_center_crop") else "size"
+    size = processor.get(field, hf["image_size"])
+    sides = {"height": size, "width": size} if isinstance(size, int) else size
+    sides = (
+        {sides.get("shortest_edge", sides.get(side)) for side in ("height", "width")} if isinstance(sides, dict) else {}
+    )
+    require(field, len(sides) == 1 and all(isinstance(x, int) and x > 0 for x in sides), "squares are expected")
+    [size] = sides
+    require(field, size % hf["patch_size"] == 0, f"a multiple of the patch_size {hf['patch_size']} is expected")
+    if not processor.get("do_normalize", True):
+        return size, Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    values = []
+    for field in ("image_mean", "image_std"):
+        value = processor.get(field, [0.5, 0.5, 0.5])
+        numbers = isinstance(value, list) and len(value) == 3 and all(isinstance(x, int | float) for x in value)
+        require(field, numbers and (field == "image_mean" or min(value) > 0), "three numbers are expected")
+        values.append(tuple(value))
+    return size, Normalization(*values)
+
+
 def architecture_of(hf: dict) -> dict:
     """Arguments of `VisionTransformer` from the fields of a config.json with its defaults."""
     dinov2 = hf["model_type"] != "vit"
-    mlp_dim = int(hf["hidden_size"] * hf["mlp_ratio"]) if dinov2 else hf["intermediate_size"]
     gated = dinov2 and hf["use_swiglu_ffn"]
     return {
         "in_channels": hf["num_channels"],
@@ -210,7 +246,7 @@ def architecture_of(hf: dict) -> dict:
         "patch_size": hf["patch_size"],
         "num_layers": hf["num_hidden_layers"],
         "num_heads": hf["num_attention_heads"],
-        "mlp_dim": (int(mlp_dim * 2 / 3) + 7) // 8 * 8 if gated else mlp_dim,
+        "mlp_dim": mlp_width(hf["hidden_size"], hf["mlp_ratio"], gated) if dinov2 else hf["intermediate_size"],
         "hidden_size": hf["hidden_size"],
         "layer_norm_eps": hf["layer_norm_eps"],
         "qkv_bias": hf["qkv_bias"],
@@ -219,6 +255,12 @@ def architecture_of(hf: dict) -> dict:
         "num_registers": hf.get("num_register_tokens", 0),
         "pool": "cls+mean" if dinov2 else "cls",
     }
+
+
+def mlp_width(hidden_size: int, mlp_ratio: float, gated: bool) -> int:
+    """The width that DINOv2's ratio means; SwiGLU has a third matrix, and so two thirds of it."""
+    width = int(hidden_size * mlp_ratio)
+    return (int(width * 2 / 3) + 7) // 8 * 8 if gated else width
 
 
 def from_flax_vit(model) -> tuple[dict, dict[str, np.ndarray]]:
