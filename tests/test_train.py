@@ -147,7 +147,8 @@ def test_pretrained_weights_and_their_normalisation_are_used(tiny_config, hf_fol
     assert train.train(tiny_config, tmp_path / "run") == FINISHED
     about = checkpoint.newest(tmp_path / "run" / "checkpoints")[1]
     assert about.normalization.mean == (0.1, 0.2, 0.3) and about.config["model"]["hidden_size"] == 16
-    backbone, loaded = train.weights.load_backbone(hf_folder, about.architecture), params_of(tmp_path / "run", 5)
+    backbone = train.weights.open_checkpoint(str(hf_folder)).load(about.architecture, labels=[])
+    loaded = params_of(tmp_path / "run", 5)
     assert set(loaded) - set(backbone) == {"classifier/kernel", "classifier/bias"}
     assert all(np.array_equal(loaded[path], backbone[path]) for path in backbone)
 

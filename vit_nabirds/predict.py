@@ -126,8 +126,10 @@ def preprocessing(checkpoint: weights.Checkpoint, size: int) -> Callable[[Image.
     except Exception as error:  # transformers has no family of errors of its own
         raise UserError(f"{checkpoint.folder}: AutoImageProcessor says: {str(error).splitlines()[0]}") from None
     square = {"height": size, "width": size}
-    sizes = {"size": {"shortest_edge": size} if "shortest_edge" in processor.size else square, "crop_size": square}
-    own = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
+    sizes = {"size": {"shortest_edge": size} if "shortest_edge" in processor.size else square}
+    if crops := getattr(processor, "do_center_crop", False):
+        sizes["crop_size"] = square
+    own = processor.crop_size if crops else processor.size
     sizes = {} if size in (own.get("height"), own.get("shortest_edge")) else sizes
     options = sizes | {"return_tensors": "np", "input_data_format": "channels_last"}
     return lambda image: processor(images=np.asarray(image), **options)["pixel_values"][0].transpose(1, 2, 0)
