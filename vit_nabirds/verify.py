@@ -1,5 +1,6 @@
 """A checkpoint -> does our model compute what Hugging Face's computes, on the same pictures?"""
 
+import contextlib
 import importlib.util
 import logging
 import random
@@ -96,7 +97,9 @@ def load_reference(checkpoint: weights.Checkpoint) -> tuple[Callable[[np.ndarray
         return answer.logits if checkpoint.labels else answer.last_hidden_state[:, 0]
 
     def load(cls, **options):
-        # From a folder with its tensors as every class can load them: one file, with PyTorch's names.
+        with contextlib.suppress(Exception):  # shards, other names of files or tensors: not every class reads them
+            return cls.from_pretrained(checkpoint.folder, **options)
+        # From one file, with PyTorch's names.
         with tempfile.TemporaryDirectory() as folder:
             shutil.copy(checkpoint.folder / "config.json", folder)
             prefix = "" if not checkpoint.labels else weights.family(checkpoint.architecture) + "."
