@@ -170,7 +170,9 @@ def test_both_steps_normalise_as_the_checkpoint_says(undisturbed):
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
     tx = optax.sgd(0.0)
-    step = train.make_train_step(graphdef, tx, lambda step: 0.0, list(params), other, crop=16, seed=3)
+    step = train.make_train_step(
+        graphdef, tx, lambda step: 0.0, {path: [path] for path in params}, list(params), other, crop=16, seed=3
+    )
     state = {"step": jnp.int32(5), "params": jax.tree.map(jnp.array, params), "opt_state": tx.init(params)}
     measured = step(state, batch)[1]["train/loss"]
     assert float(measured) == pytest.approx(float(loss_of(augment(batch["image"], step_keys(3, 5)[0], 16))), rel=1e-5)

@@ -59,13 +59,17 @@ def default() -> ml_collections.ConfigDict:
     config.checkpoint = ml_collections.ConfigDict()
     config.checkpoint.every = "1 epoch"
     config.log_every = 50  # steps
+    config.profile = ""  # '10-12' writes a trace of these steps into the workdir's tensorboard/
+    config.remat = False  # compute activations again in the backward pass: less memory, a third more work
     return config.lock()
 
 
 SHAPE = ("image_size", "patch_size", "hidden_size", "num_layers", "num_heads", "mlp_dim")  # fields of config.model
 
-# What may differ between the runs of one workdir; of these, cpu_devices alone changes the losses, by rounding.
-FREE_ON_RESUME = re.compile(r"data\..*|cpu_devices|checkpoint\..*|evaluate\..*|log_every|model\.pretrained")
+# What may differ between the runs of one workdir; of these, cpu_devices and remat change the losses, by rounding.
+FREE_ON_RESUME = re.compile(
+    r"data\..*|cpu_devices|checkpoint\..*|evaluate\..*|log_every|profile|remat|model\.pretrained"
+)
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -114,6 +118,15 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise UserError(f"config.trainable is not a regular expression: {config.trainable!r}: {error}.") from None
     for field in ("optimizer.warmup", "evaluate.every", "checkpoint.every"):
         Duration.parse(config, field)
+    profiled_steps(config)
+
+
+def profiled_steps(config: ml_collections.ConfigDict) -> range:
+    """The steps that config.profile names, counted from 1."""
+    match = re.fullmatch(r"(\d+)-(\d+)", config.profile or "0-0")
+    if not match or int(match[1]) > int(match[2]) or (config.profile and match[1] == "0"):
+        raise UserError(f"config.profile is {config.profile!r}: name the first and last step to trace, like '10-12'.")
+    return range(int(match[1]), int(match[2]) + 1)
 
 
 def explain(error: Exception, argv: list[str]) -> str:

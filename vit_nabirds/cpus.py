@@ -1,6 +1,7 @@
-"""How many CPU cores this process may use."""
+"""The CPU and its memory: how many cores this process may use, and large pages for its arrays."""
 
 import os
+import sys
 
 
 def cpu_share() -> int:
@@ -12,3 +13,13 @@ def cpu_share() -> int:
     if hasattr(os, "sched_getaffinity"):  # absent on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def with_large_pages() -> None:
+    """Start this program again, once, with pages of 2 MB for large arrays, where glibc (2.35 or newer) has them.
+
+    XLA takes its working memory anew at each step, and clears it page by page: 17 % of the time of a step on a CPU.
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, sys.orig_argv)

@@ -20,6 +20,7 @@ from flax import nnx
 
 from vit_nabirds import checkpoint, data, devices, link, model, optimizer, preemption, processes, weights
 from vit_nabirds import config as config_lib
+from vit_nabirds import state as state_lib
 from vit_nabirds.augment import Normalization, augment, zscore
 from vit_nabirds.errors import UserError
 from vit_nabirds.evaluate import evaluate, make_eval_step, write_results
@@ -56,19 +57,24 @@ def make_train_step(
     graphdef: nnx.GraphDef,
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
+    groups: dict[str, list[str]],
     trainable: list[str],
     normalization: Normalization,
     crop: int,
     seed: int,
 ) -> Callable:
-    """Compiled (state, batch) -> (state, metrics); the state is donated, and metrics are means over the batch."""
+    """Jitted (state, batch) -> (state, metrics); the state is donated, and metrics are means over the batch.
+
+    The state's `params` are packed as `groups` says, and `trainable` are names of theirs.
+    """
 
     def train_step(state: dict, batch: dict) -> tuple[dict, dict]:
         augment_key, dropout_key = step_keys(seed, state["step"])
         images = zscore(augment(batch["image"], augment_key, crop), normalization)
 
         def loss_fn(params: dict) -> tuple[jax.Array, jax.Array]:
-            logits = model.apply(graphdef, state["params"] | params, images, nnx.Rngs(dropout=dropout_key))
+            params = state_lib.unpack(state["params"] | params, groups)
+            logits = model.apply(graphdef, params, images, nnx.Rngs(dropout=dropout_key))
             return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean(), logits
 
         params = {path: state["params"][path] for path in trainable}
@@ -84,7 +90,8 @@ def make_train_step(
         params = state["params"] | optax.apply_updates(params, updates)
         return {"step": state["step"] + 1, "params": params, "opt_state": opt_state}, metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    compiler_options = model.COMPILER_OPTIONS if jax.default_backend() == "cpu" else {}
+    return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options)
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
@@ -130,8 +137,12 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         about = checkpoint.About(config.to_dict(), architecture, species, normalization, fingerprint)
         image_size = architecture["img_size"]
         data.check_sizes(train_split, test_split, image_size)
-        graphdef, shapes = model.describe(architecture, len(species), config.compute_dtype, config.model.dropout_rate)
+        graphdef, shapes = model.describe(
+            architecture, len(species), config.compute_dtype, config.model.dropout_rate, config.remat
+        )
         trainable = optimizer.trainable_paths(list(shapes), config.trainable)
+        trained = state_lib.group(trainable, shapes)
+        groups = trained | state_lib.group([path for path in shapes if path not in trainable], shapes)
         schedule = optimizer.make_schedule(config, total_steps, steps_per_epoch)
         tx = optimizer.make_optimizer(config, schedule)
 
@@ -143,8 +154,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         )
 
         def initial_state(loaded: dict) -> dict:
-            params = model.initial_params(architecture, len(species), config.seed) | loaded
-            opt_state = tx.init({path: params[path] for path in trainable})
+            params = state_lib.pack(model.initial_params(architecture, len(species), config.seed) | loaded, groups)
+            opt_state = tx.init({name: params[name] for name in trained})
             return {"step": jnp.zeros((), jnp.int32), "params": params, "opt_state": opt_state}
 
         loaded = {}
@@ -159,9 +170,12 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
             checkpoint.write_json(workdir / "config.json", about.config)
         processes.check_shared(workdir / "config.json")
         checkpoints = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(workdir / "checkpoints")))
+        if not jax.config.jax_compilation_cache_dir:  # process 0 writes to it, and a damaged file is compiled anew
+            jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
         if resumed:
-            like = checkpoint.placed(jax.eval_shape(initial_state, {}), devices.replicated(mesh))
-            state = checkpoints.restore(start, like)
+            like = jax.eval_shape(initial_state, {}) | {"params": shapes}
+            state = checkpoints.restore(start, checkpoint.placed(like, devices.replicated(mesh)))
+            state["params"] = jax.jit(lambda params: state_lib.pack(params, groups), donate_argnums=0)(state["params"])
         else:
             state = jax.jit(initial_state, donate_argnums=0, out_shardings=devices.replicated(mesh))(loaded)
         monitor = stack.enter_context(contextlib.closing(Monitor(workdir, start, total_steps, processes.is_writer())))
@@ -177,7 +191,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
 
         # The loop
         stack.push(link.end_if_several)
-        train_step = make_train_step(graphdef, tx, schedule, trainable, normalization, image_size, config.seed)
+        train_step = make_train_step(
+            graphdef, tx, schedule, groups, list(trained), normalization, image_size, config.seed
+        )
         eval_step = make_eval_step(graphdef, normalization)
         evaluate_every = config_lib.Duration.parse(config, "evaluate.every").in_steps(steps_per_epoch)
         save_period = config_lib.Duration.parse(config, "checkpoint.every")
@@ -190,6 +206,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         throughput = Throughput(config.batch_size)
         unreported = collections.deque()
         parameter_norm = jax.jit(optax.tree.norm)
+        by_path = jax.jit(lambda params: state_lib.unpack(params, groups))
+        profiled = config_lib.profiled_steps(config) if processes.is_writer() else range(0)
+        tracing = stack.enter_context(contextlib.ExitStack())
 
         def next_batch() -> dict[str, jax.Array]:
             with throughput.waiting():
@@ -219,7 +238,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         def run_evaluation() -> bool:
             """Whether it came to its end before a request to stop."""
             workers, batch_size = config.data.workers, config.batch_size
-            params = state["params"]
+            params = by_path(state["params"])
             metrics = evaluate(eval_step, params, test_split, len(species), batch_size, workers, mesh, stop)
             if metrics:
                 monitor.scalars(step, metrics)
@@ -232,7 +251,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
             report(keep=0)
             if not math.isfinite(parameter_norm(state["params"])):
                 raise UserError(f"the parameters after step {step} are not finite: {REMEDY}")
-            checkpoints.save(step, state, about)
+            checkpoints.save(step, state | {"params": by_path(state["params"])}, about)
             return time.monotonic()
 
         def requests() -> np.ndarray | jax.Array:
@@ -252,12 +271,18 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
             stopping = np.asarray(requests())[0]
         while step < total_steps and not stopping:
             asked = requests()
-            state, metrics = train_step(state, batch)
+            if step + 1 == profiled.start:
+                tracing.enter_context(jax.profiler.trace(workdir / "tensorboard"))
+            with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
+                state, metrics = train_step(state, batch)
             step += 1
             unreported.append((step, metrics))
             if step < total_steps:
                 batch = next_batch()  # while the devices are at work on this step
             report(keep=1)  # one step late, so that the devices always have the next one
+            if step + 1 == profiled.stop:
+                jax.block_until_ready(state)
+                tracing.close()
             stopping, saving = np.asarray(asked)
             if is_evaluated(step) or config_lib.is_due(step, save_every) or saving:
                 saved, saved_at = step, save()

@@ -330,8 +330,9 @@ def mapping(architecture: dict, num_classes: int) -> list[Row]:
     same("position_embeddings", "embeddings.position_embeddings", 1, (a["img_size"] // patch_size) ** 2 + 1, d)
     if a["num_registers"]:
         same("registers", "embeddings.register_tokens", 1, a["num_registers"], d)
-    projection, patch = "embeddings.patch_embeddings.projection", (patch_size, patch_size, channels, d)
-    rows.append(Row("patch_embeddings/kernel", f"{projection}.weight", (d, *patch[2::-1]), (2, 3, 1, 0), patch))
+    projection, patch = "embeddings.patch_embeddings.projection", (d, channels, patch_size, patch_size)
+    kernel = (patch_size * patch_size * channels, d)
+    rows.append(Row("patch_embeddings/kernel", f"{projection}.weight", patch, (2, 3, 1, 0), kernel))
     same("patch_embeddings/bias", f"{projection}.bias", d)
     for i in range(a["num_layers"]):
         ours, theirs = f"encoder/layers/{i}", f"encoder.layer.{i}"
