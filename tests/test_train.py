@@ -1,7 +1,9 @@
 """Training: the same trace on any layout, exact resume, what is written, and what is refused."""
 
+import gzip
 import itertools
 import json
+import os
 import shutil
 import signal
 import time
@@ -12,6 +14,7 @@ import numpy as np
 import optax
 import polars as pl
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vit_nabirds import checkpoint, devices, train
@@ -257,6 +260,56 @@ def test_sgd_linear_decay_bfloat16_and_dropout_run(tiny_config, tmp_path):
     assert all(np.isfinite(loss) for loss in losses(tmp_path).values())
 
 
+def test_a_layer_alone_is_trained(tiny_config, tmp_path):
+    tiny_config.trainable = "encoder/layers/1/|classifier"
+    tiny_config.epochs = 1.0
+    assert train.train(tiny_config, tmp_path) == FINISHED
+    loaded = params_of(tmp_path, 5)
+    start = train.model.initial_params(checkpoint.newest(tmp_path / "checkpoints")[1].architecture, 4, seed=0)
+    changed = {path for path in start if not np.array_equal(start[path], loaded[path])}
+    assert changed == {path for path in start if path.startswith(("encoder/layers/1/", "classifier/"))}
+
+
+def test_devices_exchange_the_gradients_once_and_next_to_nothing_else():
+    from tiny_config import SHAPE
+
+    from benchmarks.scaling import audit
+
+    shape = {name.replace("image_size", "img_size"): value for name, value in SHAPE.items()}
+    found = audit(2, shape, per_device=4)
+    assert set(found["collectives"]) == {"all-reduce"}
+    assert found["all-reduced MB"] * 1e6 - found["gradients MB"] * 1e6 == 12  # loss, accuracy, checksum of the records
+
+
+def test_the_compiled_step_is_kept_in_the_workdir(tiny_config, tmp_path, monkeypatch):
+    """For the next turn of the job; a damaged file does no harm."""
+    tiny_config.epochs = 1.0
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    try:
+        assert train.train(tiny_config, tmp_path / "a") == FINISHED
+        kept = [file for file in (tmp_path / "a" / "compiled").iterdir() if "train_step" in file.name]
+        assert kept
+        for file in kept:
+            file.write_bytes(file.read_bytes()[:100])
+        shutil.rmtree(tmp_path / "a" / "checkpoints")
+        (tmp_path / "a" / "results.json").unlink()
+        with pytest.warns(UserWarning, match="persistent compilation cache"):
+            assert train.train(tiny_config, tmp_path / "a") == FINISHED
+    finally:
+        jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+        compilation_cache.reset_cache()
+
+
+def test_a_trace_of_chosen_steps(tiny_config, tmp_path):
+    tiny_config.epochs, tiny_config.profile = 1.0, "3-4"
+    assert train.train(tiny_config, tmp_path) == FINISHED
+    (traced,) = (tmp_path / "tensorboard" / "plugins" / "profile").glob("*/*.trace.json.gz")
+    names = [event.get("name", "") for event in json.loads(gzip.open(traced).read())["traceEvents"]]
+    assert names.count("train") == 2  # the annotation of each step
+    assert list((tmp_path / "tensorboard" / "plugins" / "profile").glob("*/*.xplane.pb"))
+
+
 def test_checkpoints_by_the_clock(tiny_config, tmp_path):
     tiny_config.checkpoint.every = "0.0001 minutes"
     tiny_config.evaluate.every = "100 epochs"
@@ -326,6 +379,7 @@ REFUSED = {
     "too many workers": (change("data.workers", 100_000), "data.workers is 100000"),
     "shape of the drawn birds": (birds_without_size, "model.image_size is None"),
     "regular expression": (change("trainable", "("), "not a regular expression"),
+    "profile": (change("profile", "12-10"), "config.profile is '12-10': name the first and last step"),
     "checkpoint": (change("model.pretrained", "/nowhere"), "no folder '/nowhere'"),
 }
 

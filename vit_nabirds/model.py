@@ -205,8 +205,11 @@ class VisionTransformer(nnx.Module):
             )
             x = jnp.concatenate([x[:, :1], registers, x[:, 1:]], axis=1)
         x = self.dropout(x, deterministic=rngs is None, rngs=rngs)
+        def run(block: TransformerEncoder, x: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
+            return block(x, rngs=rngs)
+
         for block in self.encoder.layers:
-            x = nnx.remat(TransformerEncoder.__call__)(block, x, rngs=rngs) if self.remat else block(x, rngs=rngs)
+            x = (nnx.remat(run) if self.remat else run)(block, x, rngs)
         if self.pool == "cls":
             return self.final_norm(x[:, 0]).astype(jnp.float32)
         x = self.final_norm(x).astype(jnp.float32)

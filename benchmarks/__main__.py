@@ -1,0 +1,136 @@
+"""Every benchmark, ours and the peers' side by side in one run:  python -m benchmarks [--json=FILE] [PART ...]
+
+Parts: input, host, step, loop, scaling; all by default. --quick: tiny models, to see that all of it works.
+--data: a prepared and packed folder; without it, birds are drawn. --torch: the Python of an environment with torch.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks import contest, inputs, loops, scaling, steps
+
+VIT_S = dict(hidden_size=384, num_layers=12, num_heads=6, mlp_dim=1536, patch_size=16, img_size=224)
+TINY = dict(hidden_size=8, num_layers=12, num_heads=2, mlp_dim=16, patch_size=8, img_size=16)
+PARTS = ("input", "host", "step", "loop", "scaling")
+
+
+def table(title: str, rows: dict[str, dict]) -> None:
+    columns = list(dict.fromkeys(key for row in rows.values() for key in row if key != "skipped"))
+    print(f"\n{title}\n\n| | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
+    for name, row in rows.items():
+        cells = [row["skipped"]] if "skipped" in row else [show(row[key]) for key in columns]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def show(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return ", ".join(f"{count} {kind}" for kind, count in value.items()) if isinstance(value, dict) else str(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="default: all")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--torch", default=sys.executable)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    parts, quick = options.parts or PARTS, options.quick
+    shape, batch_size, rounds = (TINY, 4, 1) if quick else (VIT_S, 8, 5)
+    pythons = {name: options.torch for name in ("torch", "torch, 2 workers", "torch with timm")}
+    targets, measured = [], {}
+
+    def target(name: str, value: float | None, goal: float, at_most: bool = False) -> None:
+        met = None if value is None else (value <= goal if at_most else value >= goal)
+        targets.append({"name": name, "value": value, "target": f"{'≤' if at_most else '≥'} {goal:,}", "met": met})
+
+    def ratio(rows: dict, quantity: str, ours: str, theirs: str) -> float | None:
+        values = [rows[name].get(quantity) for name in (ours, theirs)]
+        return None if None in values else values[0] / values[1]
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = options.data
+        if root is None:
+            root, size = Path(folder) / "birds", shape["img_size"]
+            subprocess.run([sys.executable, "-m", "benchmarks.draw", root, str(size), str(quick)], check=True)
+        images = len(inputs.open_images(root, packed=True))
+
+        if "input" in parts:
+            arguments = dict(root=str(root), batch_size=64 // (8 if quick else 1), count=2 if quick else 8)
+            rows = contest.run("inputs", inputs.ONE_CORE, arguments, rounds, pythons, cores=1)
+            rows |= contest.run("inputs", inputs.HOST, arguments, rounds, pythons)
+            rows |= contest.run("inputs", inputs.AUGMENTED, arguments | {"batch_size": 8}, rounds, pythons)
+            measured["input"] = rows
+            table("Input, images to a batch in the host's memory", rows)
+            peers = [rows[name].get("images/s") for name in ("torch", "torch, 2 workers")]
+            rows["best torch"] = {"images/s": max(peers)} if None not in peers else {}
+            target("ours packed ÷ seed's pipeline", ratio(rows, "images/s", "ours packed", "seed"), 1000)
+            target("ours packed, one core, images/s", rows[inputs.ONE_CORE[0]].get("images/s"), 15_000)
+            target("ours from JPEG ÷ decoding alone", ratio(rows, "images/s", "ours from JPEG", "decoding alone"), 0.85)
+            target("ours from JPEG, augmented ÷ torch", ratio(rows, "images/s", "ours augmented", "best torch"), 1.5)
+        if "host" in parts:
+            arguments = dict(shape=TINY, batch_size=8, count=10 if quick else 100)
+            rows = measured["host"] = contest.run("steps", steps.HOST, arguments, rounds, pythons)
+            table("Host time of a step, 12 layers", {name: {"ms": row["host ms/step"]} for name, row in rows.items()})
+            target("host time of a step ÷ nnx.jit's", ratio(rows, "host ms/step", *steps.HOST), 1 / 15, at_most=True)
+        if "step" in parts:
+            arguments = dict(shape=shape, batch_size=batch_size, count=2)
+            rows = measured["step"] = contest.run("steps", steps.SPEED, arguments, rounds, pythons)
+            table(f"Step, {shape['img_size']} px, {batch_size} images, float32, AdamW", rows)
+            best = max(steps.SPEED[:2], key=lambda name: rows[name].get("images/s", 0))
+            for theirs, goal in zip(steps.SPEED[2:], (1.5, 1.2, 1.0), strict=True):
+                target(f"step ÷ {theirs}", ratio(rows, "images/s", best, theirs), goal)
+        if "loop" in parts:
+            arguments = dict(shape=shape, batch_size=batch_size, count=4)
+
+            def bare() -> float:
+                return contest.run("steps", ["ours"], arguments, 3, pythons)["ours"]["images/s"]
+
+            row = loops.run(str(root), images, shape, batch_size, 10 if quick else 30, bare, 1 if quick else 3)
+            measured["loop"] = row
+            table("Training", {f"{shape['img_size']} px, {batch_size} images": row})
+            target("train ÷ bare step", row["train ÷ bare step"], 0.97)
+            target("p99 ÷ median step while saving", row["p99 s"] / row["p50 s"], 1.25, at_most=True)
+            target("start to first step, warm ÷ cold cache", row["warm s"] / row["cold s"], 0.4, at_most=True)
+        if "scaling" in parts:
+            counts = [1, 8] if quick else [1, 8, 64, 512]
+            rows = measured["scaling"] = scaling.run(counts, shape, batch_size)
+            table(f"The compiled step, {batch_size} images a device", {str(row["devices"]): row for row in rows})
+            reduced = [row["all-reduced MB"] for row in rows[1:]]
+            target("all-reduced bytes, most ÷ 8 devices", max(reduced) / reduced[0], 1.0, at_most=True)
+            target("all-reduced bytes ÷ gradients", max(reduced) / rows[0]["gradients MB"], 1.01, at_most=True)
+            target("other communication, %", max(row["other %"] for row in rows), 1, at_most=True)
+
+    machine = f"{os.cpu_count()} cores of {processor()}, Python {platform.python_version()}, {versions()}"
+    print(f"\nTargets, on {machine}\n\n| | measured | target | met |\n|---|---:|---:|---|")
+    for row in targets:
+        value = "not measured" if row["value"] is None else show(float(row["value"]))
+        met = {None: "—", True: "yes", False: "NO"}[row["met"]]
+        print(f"| {row['name']} | {value} | {row['target']} | {met} |")
+    if options.json:
+        options.json.write_text(
+            json.dumps({"machine": machine, "targets": targets, "measured": measured}, indent=2) + "\n"
+        )
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def versions() -> str:
+    from importlib.metadata import version
+
+    return ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "grain"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Contenders in processes of their own, measured in turns: what disturbs the machine disturbs all of them.
+
+A contender is a function that makes itself ready and returns another, which measures one round and returns a dict of
+numbers. `python -m benchmarks.contest MODULE NAME JSON` runs one and measures a round for each line that it reads.
+"""
+
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(
+    module: str, names: list[str], arguments: dict, rounds: int, pythons: dict[str, str], cores: int | None = None
+) -> dict[str, dict]:
+    """{name: {quantity: median over the rounds}}; a contender that cannot run has the one entry `skipped`."""
+    processes, results = {}, {}
+    for name in names:
+        # Ours has large pages, as main.py gives itself; torch is faster without, and Flax's step as fast.
+        pages = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if name.startswith("ours") else {}
+        command = [pythons.get(name, sys.executable), "-m", "benchmarks.contest", module, name, json.dumps(arguments)]
+        if cores:
+            command = ["taskset", "--cpu-list", ",".join(map(str, sorted(os.sched_getaffinity(0))[:cores])), *command]
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | pages, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        ready = _answer(process)
+        results[name] = [] if ready == {} else ready
+        if ready == {}:
+            processes[name] = process
+    for _ in range(rounds):
+        for name, process in processes.items():
+            process.stdin.write("\n")
+            process.stdin.flush()
+            results[name].append(_answer(process))
+    for process in processes.values():
+        process.communicate()
+    medians = {}
+    for name, rows in results.items():
+        if isinstance(rows, dict):
+            medians[name] = rows
+        elif failed := [row for row in rows if "skipped" in row]:
+            medians[name] = failed[0]
+        else:
+            medians[name] = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+    return medians
+
+
+def _answer(process: subprocess.Popen) -> dict:
+    for line in process.stdout:
+        if line.startswith("answer "):
+            return json.loads(line.removeprefix("answer "))
+    return {"skipped": f"it ended with exit code {process.wait()}"}
+
+
+def _serve(module: str, name: str, arguments: dict) -> None:
+    try:
+        measure = importlib.import_module(f"benchmarks.{module}").CONTENDERS[name](**arguments)
+    except ImportError as error:
+        print("answer", json.dumps({"skipped": f"not installed: {error.name}"}), flush=True)
+        return
+    print("answer {}", flush=True)
+    for _ in sys.stdin:
+        print("answer", json.dumps(measure()), flush=True)
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))

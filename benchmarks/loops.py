@@ -1,0 +1,98 @@
+"""A whole training: its speed beside the bare step's, its steps while checkpoints are written, start and resume."""
+
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.contest import ROOT
+
+CONFIG = """
+from vit_nabirds import config as config_lib
+
+def get_config():
+    config = config_lib.default()
+    config.model.pretrained = ""
+    config.model.update({shape})
+    config.batch_size = {batch_size}
+    config.optimizer.warmup = "2 steps"
+    config.log_every = 1
+    return config
+"""
+
+
+def _command(folder: Path, root: str, workdir: Path, steps: int, images: int, batch_size: int, save: int) -> list[str]:
+    return [
+        sys.executable, str(ROOT / "main.py"), f"--config={folder / 'config.py'}", f"--workdir={workdir}",
+        f"--config.data.root={root}", f"--config.epochs={steps * batch_size / images}",
+        f"--config.evaluate.every={steps} steps", f"--config.checkpoint.every={save} steps",
+    ]  # fmt: skip
+
+
+def _seconds_of_steps(workdir: Path, batch_size: int) -> dict[int, float]:
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return {x["step"]: batch_size / x["train/images_per_second"] for x in lines if "train/images_per_second" in x}
+
+
+def _to_first_step(command: list[str], environment: dict) -> float:
+    """Seconds from the command to the end of its first step; then it is asked to stop, and saves."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, text=True, stderr=subprocess.PIPE)
+    seconds = None
+    for line in process.stderr:
+        if seconds is None and re.search(r" step \d+/\d+: ", line):
+            seconds = time.perf_counter() - start
+            process.send_signal(signal.SIGTERM)
+    process.wait()
+    assert seconds is not None, "the training ended before its first step"
+    return seconds
+
+
+def run(root: str, images: int, shape: dict, batch_size: int, steps: int, bare: callable, rounds: int) -> dict:
+    """`bare` measures the images/s of the bare step; it is called before and after each training."""
+    shape = {("image_size" if name == "img_size" else name): value for name, value in shape.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        (folder / "config.py").write_text(CONFIG.format(shape=shape, batch_size=batch_size))
+
+        def command(workdir: str, save: int) -> list[str]:
+            return _command(folder, root, folder / workdir, steps, images, batch_size, save)
+
+        cache = {"JAX_COMPILATION_CACHE_DIR": ""}  # that of the workdir
+        cold = _to_first_step(command("started", steps), cache)
+        resumed = _to_first_step(command("started", steps), cache)
+        warm = _to_first_step(
+            command("warm", steps), {"JAX_COMPILATION_CACHE_DIR": str(folder / "started" / "compiled")}
+        )
+        warmed = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "started" / "compiled")}
+        ratios, saving, plain = [], [], []
+        before = bare()
+        for number in range(rounds):
+            subprocess.run(
+                command(f"trained{number}", 10 * steps), cwd=ROOT, env=warmed, check=True, capture_output=True
+            )
+            seconds = _seconds_of_steps(folder / f"trained{number}", batch_size)
+            plain += list(seconds.values())[1:]
+            after = bare()
+            speed = batch_size * (len(seconds) - 1) / sum(list(seconds.values())[1:])
+            ratios.append(speed / (2 / (1 / before + 1 / after)))
+            before = after
+        every = max(2, steps // 5)
+        subprocess.run(command("saving", every), cwd=ROOT, env=warmed, check=True, capture_output=True)
+        saving = list(_seconds_of_steps(folder / "saving", batch_size).values())[1:]
+    saving.sort()
+    return {
+        "train ÷ bare step": statistics.median(ratios),
+        "images/s": batch_size / statistics.median(plain),
+        "p50 s": statistics.median(saving),
+        "p99 s": saving[min(len(saving) - 1, round(0.99 * len(saving)))],
+        "cold s": cold,
+        "warm s": warm,
+        "resumed s": resumed,
+    }

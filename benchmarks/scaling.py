@@ -1,0 +1,87 @@
+"""What the compiled training step communicates and holds, on devices that need not be there.
+
+It is compiled for N simulated devices, and the collectives are read from the compiled program. That needs no
+accelerator and says nothing about time: what limits a machine follows from its links and these bytes.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "u8": 1, "pred": 1, "f16": 2, "s64": 8, "u64": 8, "f64": 8, "s8": 1}
+COLLECTIVES = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
+
+
+def collectives(program: str) -> list[tuple[str, int]]:
+    """Kind and bytes (of its results, on one device) of each collective in a compiled program's text."""
+    found = []
+    for types, kind in re.findall(rf" = (.+?) ({COLLECTIVES})(?:-start)?\(", program):
+        size = 0
+        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", types):
+            count = 1
+            for side in filter(None, shape.split(",")):
+                count *= int(side)
+            size += BYTES[dtype] * count
+        found.append((kind, size))
+    return found
+
+
+def audit(devices: int, shape: dict, per_device: int) -> dict:
+    """Of the training step for `devices` devices of `per_device` images; run where XLA_FLAGS says so many devices."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from vit_nabirds import checkpoint, model, state, train
+    from vit_nabirds import devices as devices_lib
+    from vit_nabirds.augment import Normalization
+
+    mesh = devices_lib.make_mesh()
+    assert mesh.size == devices
+    graphdef, shapes = model.describe(shape, 404)
+    groups, tx = state.group(shapes, shapes), optax.adamw(1e-4)
+
+    def initial_state() -> dict:
+        params = state.pack(model.initial_params(shape, 404, 0), groups)
+        return {"step": jnp.zeros((), jnp.int32), "params": params, "opt_state": tx.init(params)}
+
+    like = checkpoint.placed(jax.eval_shape(initial_state), devices_lib.replicated(mesh))
+    size, total = round(1.2 * shape["img_size"]), devices * per_device
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    batch = {
+        "image": jax.ShapeDtypeStruct((total, size, size, 3), jnp.uint8, sharding=sharding),
+        "label": jax.ShapeDtypeStruct((total,), jnp.int32, sharding=sharding),
+        "row": jax.ShapeDtypeStruct((total,), jnp.int32, sharding=sharding),
+    }
+    step = train.make_train_step(
+        graphdef, tx, lambda _: 1e-4, groups, list(groups), Normalization(), shape["img_size"], 0
+    )
+    compiled = step.lower(like, batch).compile()
+    found, memory = collectives(compiled.as_text()), compiled.memory_analysis()
+    reduced = sum(size for kind, size in found if kind == "all-reduce")
+    parameters = sum(4 * x.size for x in shapes.values())
+    return {
+        "devices": devices,
+        "collectives": {kind: sum(k == kind for k, _ in found) for kind, _ in found},
+        "all-reduced MB": reduced / 1e6,
+        "gradients MB": parameters / 1e6,
+        "other %": 100 * (sum(size for _, size in found) - parameters * (devices > 1)) / parameters,
+        "state GB": memory.argument_size_in_bytes / 1e9,
+        "working memory GB": memory.temp_size_in_bytes / 1e9,
+    }
+
+
+def run(counts: list[int], shape: dict, per_device: int) -> list[dict]:
+    rows = []
+    for devices in counts:
+        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, "-m", "benchmarks.scaling", json.dumps([devices, shape, per_device])]
+        done = subprocess.run(command, env=os.environ | flags, text=True, stdout=subprocess.PIPE, check=True)
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+    return rows
+
+
+if __name__ == "__main__":
+    print(json.dumps(audit(*json.loads(sys.argv[1]))))
