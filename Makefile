@@ -18,6 +18,9 @@ test-transformers5: $(VENV)/transformers5
 	PYTHONPATH=$(VENV)/transformers5 $(VENV)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
 	PYTHONPATH=$(VENV)/transformers5 $(VENV)/bin/python -m pytest tests/test_checkpoints.py tests/test_predict.py
 
+benchmarks: $(VENV)/ready
+	$(VENV)/bin/python -m benchmarks --quick
+
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -34,4 +37,4 @@ $(VENV)/transformers5: $(VENV)/ready
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --target $@ --no-deps \
 		transformers==5.23.0 tokenizers==0.23.1
 
-.PHONY: demo test test-slurm test-transformers5 lint
+.PHONY: benchmarks demo test test-slurm test-transformers5 lint

@@ -1,7 +1,7 @@
 """Fine-tune Vision Transformers on photographs of birds.
 
 usage: python main.py [train] [--config=FILE] [--workdir=DIR] [--config.x.y=value ...]
-       python main.py prepare --archive=DIR --out=DIR [--metadata_only] [--train_size=269] [--test_size=224]
+       python main.py prepare --archive=DIR --out=DIR [--pack | --metadata_only] [--train_size=269] [--test_size=224]
        python main.py evaluate --workdir=DIR [--step=N] [--data_root=DIR]
        python main.py predict (--workdir=DIR [--step=N] | --model=CHECKPOINT) --images=FILE_OR_FOLDER --out=FILE
        python main.py export --workdir=DIR [--step=N] --out=FOLDER
@@ -75,6 +75,7 @@ def prepare_flags() -> None:
     flags.DEFINE_string("archive", None, "Folder of the unpacked NABirds archive.", required=True)
     flags.DEFINE_string("out", None, "Folder to write metadata.parquet and cleaned_images/ to.", required=True)
     flags.DEFINE_boolean("metadata_only", False, "Write metadata.parquet alone.")
+    flags.DEFINE_boolean("pack", False, "Write packed/ too: all images of a split in one file, read without decoding.")
     flags.DEFINE_integer("train_size", 269, "Side of a training image in pixels; training crops at random from it.")
     flags.DEFINE_integer("test_size", 224, "Side of a test image in pixels: the model's image size.")
     flags.DEFINE_float("margin", 0.2, "Margin around a training bird, as a share of its bounding box on each side.")
@@ -84,7 +85,7 @@ def prepare() -> int:
     from vit_nabirds.prepare import prepare
 
     geometry = dict(train_size=FLAGS.train_size, test_size=FLAGS.test_size, margin=FLAGS.margin)
-    prepare(FLAGS.archive, FLAGS.out, metadata_only=FLAGS.metadata_only, **geometry)
+    prepare(FLAGS.archive, FLAGS.out, metadata_only=FLAGS.metadata_only, pack=FLAGS.pack, **geometry)
     return 0
 
 

@@ -3,7 +3,8 @@
 # submits (or shows what would be submitted); `sbatch [OPTION ...] launch/train.sbatch --workdir=DIR ...` does too.
 # Of the environment:
 #   VENV            the virtual environment, .venv by default
-#   STAGE           a .tar of a prepared folder: unpacked on each node's own disk first, it becomes config.data.root
+#   STAGE           a prepared folder, packed or in a .tar: brought to each node's own disk first, it becomes
+#                   config.data.root
 #   MAX_FRUITLESS   how often in a row the job is queued again without a newer checkpoint, 3 by default
 set -uo pipefail
 die() { echo "error: $1" >&2; exit 2; }
@@ -35,7 +36,8 @@ limit=${MAX_FRUITLESS:-3}
 [[ $limit =~ ^[0-9]+$ ]] || die "MAX_FRUITLESS is '$limit': give a number."
 training=(python main.py train "$@" "${variant[@]}" "--workdir=$workdir")
 if [ -n "${STAGE:-}" ]; then
-    [[ -f $STAGE && $STAGE == *.tar ]] || die "STAGE=$STAGE is no .tar file: tar -cf birds.tar -C FOLDER_ABOVE birds makes one."
+    [[ -f $STAGE && $STAGE == *.tar || -f $STAGE/packed/index.parquet ]] ||
+        die "STAGE=$STAGE is no .tar file (tar -cf birds.tar -C FOLDER_ABOVE birds makes one) and no folder that is packed (main.py prepare --pack)."
     training+=("--config.data.root=${SLURM_TMPDIR:-${TMPDIR:-/tmp}/vit-nabirds-$UID}/$(basename "$STAGE" .tar)")
 fi
 # A failing process ends the others itself, with its own message; srun does when that takes over half a minute.
@@ -51,7 +53,7 @@ if [ $submitting = yes ]; then
             env | sed -n 's/^SBATCH_\([A-Z_]*\)=/\1 /p' | while read -r name value; do
                 name=${name,,}; name=${name/#timelimit/time}; echo "--${name//_/-}=$value"
             done
-            printf '%s\n' "${requested[@]}"
+            [ ${#requested[@]} -eq 0 ] || printf '%s\n' "${requested[@]}"
         )
         printf '  %s\n' "${asked[@]}" | sort
         [ -z "${STAGE:-}" ] || { echo "on each node first:"; quoted launch/stage_data.sh "$STAGE"; }

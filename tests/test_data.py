@@ -8,6 +8,8 @@ import grain
 import numpy as np
 import polars as pl
 import pytest
+import simplejpeg
+from PIL import Image
 
 from vit_nabirds import data
 from vit_nabirds.errors import UserError
@@ -60,13 +62,24 @@ def test_each_epoch_is_a_fresh_permutation_of_all_records(train_split):
     assert not np.array_equal(rows[0], other_seed)
 
 
+def test_a_batch_may_be_larger_than_the_split(train_split):
+    rows = np.concatenate([batch["row"] for batch in take(train_split, 3, batch_size=100)])
+    assert np.array_equal(rows[:120].reshape(3, 40)[0], take(train_split, 1, batch_size=40)[0]["row"])
+    assert all(sorted(epoch) == sorted(train_split.rows) for epoch in rows[:280].reshape(7, 40))
+
+
+def test_the_order_of_records_is_the_same_with_any_numpy():
+    orders = [data._order(3, epoch, 10).tolist() for epoch in (0, 1)]
+    assert orders == [[9, 1, 0, 8, 2, 4, 3, 5, 7, 6], [5, 1, 3, 0, 6, 9, 8, 7, 2, 4]]
+
+
 def test_image_label_and_row_belong_together(train_split, prepared):
     table = data.read_table(prepared)
     batch = take(train_split, 1)[0]
     for image, label, row in zip(batch["image"], batch["label"], batch["row"], strict=True):
         assert table["species_id"][int(row)] == label
         file = prepared / "cleaned_images" / table["path"][int(row)]
-        assert np.array_equal(image, data._read(file))
+        assert np.array_equal(image, simplejpeg.decode_jpeg(file.read_bytes()))
 
 
 @pytest.mark.parametrize("hosts, batch_size", [(1, 8), (2, 8), (4, 16), (1, 15)])
@@ -78,6 +91,8 @@ def test_evaluation_sees_every_test_image_once(prepared, hosts, batch_size):
         for batch in data.test_batches(split, batch_size, 0, shard):
             rows += batch["row"][batch["mask"] == 1].tolist()
             shapes.add(batch["image"].shape)
+            assert batch["mask"].dtype == np.float32
+            assert (batch["row"][batch["mask"] == 0] == split.rows[0]).all()
     assert sorted(rows) == sorted(split.rows) and len(rows) == 15
     assert shapes == {(batch_size // hosts, 16, 16, 3)}  # one shape: nothing is compiled twice
 
@@ -98,10 +113,10 @@ def _look_around(_):
 
 def test_worker_count_follows_the_share_of_cpus(monkeypatch):
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8")
-    assert data.worker_count(-1) == 7
+    assert data.worker_count(-1) == 7 and data.worker_count(-1, is_packed=True) == 0
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
     assert data.worker_count(-1) == 0
-    assert data.worker_count(3) == 3
+    assert data.worker_count(3) == data.worker_count(3, is_packed=True) == 3
 
 
 def test_course_folder_gets_contiguous_labels(copied):
@@ -144,9 +159,39 @@ def damage_not_an_image(file):
     file.write_bytes(b"hello")
 
 
-def damage_other_size(file):
-    from PIL import Image
+def grow(file):
+    Image.new("RGB", (30, 20)).save(file, "JPEG")
 
+
+def shrink(file):
+    Image.new("RGB", (10, 20)).save(file, "JPEG")
+
+
+def grow_a_png(file):
+    Image.new("RGB", (30, 20)).save(file, "PNG")
+
+
+@pytest.mark.parametrize("change, shape", [(grow, "20, 30"), (shrink, "20, 10"), (grow_a_png, "20, 30")])
+def test_an_image_that_changes_its_size_later_is_an_error(copied, change, shape):
+    split = data.open_split(copied, data.read_table(copied), train=True)
+    change(copied / "cleaned_images" / split.paths[0])
+    with pytest.raises(UserError, match=rf"{split.paths[0]} is \({shape}, 3\), unlike the other images"):
+        take(split, 5)
+
+
+def test_images_that_are_not_jpeg_are_read_too(copied):
+    table = data.read_table(copied)
+    file = copied / "cleaned_images" / table.filter("is_training_img")["path"][0]
+    pixels = simplejpeg.decode_jpeg(file.read_bytes())
+    Image.fromarray(pixels).save(file, "PNG")
+    split = data.open_split(copied, table, train=True)
+    assert np.array_equal(split[0]["image"], pixels)
+    Image.fromarray(pixels[..., 0]).save(file, "PNG")
+    with pytest.raises(UserError, match=r"is \(20, 3\), unlike the other images"):
+        split[0]
+
+
+def damage_other_size(file):
     Image.new("RGB", (30, 30)).save(file, "JPEG")
 
 

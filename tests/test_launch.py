@@ -1,10 +1,13 @@
 """The scripts of launch/, without a Slurm: what they would submit, and what they refuse."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from vit_nabirds.pack import pack
 
 REPOSITORY = Path(__file__).parent.parent
 TRAINING = ["--", "--config=configs/birds60.py", "--workdir=runs/my birds"]
@@ -77,6 +80,30 @@ def test_data_are_staged_once_on_a_node(prepared, tmp_path):
     os.utime(archive, (0, 0))  # another archive than the one that was unpacked
     stale = launch(*stage, SLURM_TMPDIR=str(disk))
     assert stale.returncode == 1 and f"{disk / prepared.name} is of another archive" in stale.stderr
+
+
+def test_a_packed_folder_is_staged_without_its_images(prepared, tmp_path):
+    folder, disk = tmp_path / "my birds", tmp_path / "disk"
+    shutil.copytree(prepared, folder)
+    options, stage = ["launch/train.sbatch", "--dry-run", *TRAINING], ["launch/stage_data.sh", f"{folder}/"]
+    refused = launch(*options, STAGE=str(folder))
+    assert refused.returncode == 2 and "no folder that is packed (main.py prepare --pack)" in refused.stderr
+    assert launch(*stage, SLURM_TMPDIR=str(disk)).returncode != 0 and not (disk / ".my birds.staged").exists()
+
+    pack(folder)
+    shown = launch(*options, STAGE=str(folder), SLURM_TMPDIR="/disk").stdout
+    assert "--config.data.root=/disk/my\\ birds\n" in shown
+    done = [launch(*stage, SLURM_TMPDIR=str(disk)) for _ in range(2)]
+    assert [task.returncode for task in done] == [0, 0] and done[1].stdout == ""
+    assert done[0].stdout.strip().endswith(f"is copied to {disk / 'my birds'}")
+    copied = sorted(file.relative_to(disk / "my birds") for file in (disk / "my birds").rglob("*.*"))
+    assert [str(file) for file in copied] == [
+        "metadata.parquet", "packed/index.parquet", "packed/test.npy", "packed/train.npy"
+    ]  # fmt: skip
+    assert all((disk / "my birds" / file).read_bytes() == (folder / file).read_bytes() for file in copied)
+    os.utime(folder / "packed" / "index.parquet", (0, 0))
+    stale = launch(*stage, SLURM_TMPDIR=str(disk))
+    assert stale.returncode == 1 and f"{disk / 'my birds'} is of another archive" in stale.stderr
 
 
 def test_tensorboard_listens_to_this_machine_alone(tmp_path):

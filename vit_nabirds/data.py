@@ -3,12 +3,16 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
+import os
 import signal
 import sys
+import zlib
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from pathlib import Path
+from typing import IO
 
 import grain
 import imageio.v3 as iio
@@ -22,6 +26,9 @@ from vit_nabirds.cpus import cpu_share
 from vit_nabirds.errors import UserError
 
 COLUMNS = ("path", "photographer", "is_training_img", "species_name")
+# In the folder packed/: where the index lies, the pack is complete.
+PACK_INDEX, PACK_FILES = "index.parquet", {True: "train.npy", False: "test.npy"}
+PACK_COLUMNS = {"path": pl.String, "is_training_img": pl.Boolean, "crc32": pl.UInt32}
 
 
 def read_table(root: Path) -> pl.DataFrame:
@@ -74,11 +81,80 @@ def fingerprint(table: pl.DataFrame) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
+class ImageFiles:
+    """The images of a split, each a file of `size` x `size` pixels: JPEG, or whatever imageio reads."""
+
+    folder: Path
+    paths: list[str]
+    size: int
+
+    def read(self, index: int, out: np.ndarray) -> None:
+        """Writes the image into `out`, uint8 (size, size, 3)."""
+        file = self.folder / self.paths[index]
+        try:
+            data = file.read_bytes()
+            is_jpeg = data[:2] == b"\xff\xd8"
+            image = None if is_jpeg else iio.imread(data)[..., :3]
+            shape = (*simplejpeg.decode_jpeg_header(data)[:2], 3) if is_jpeg else image.shape
+            if shape != out.shape:
+                raise UserError(
+                    f"{file} is {shape}, unlike the other images of its split ({self.size} x {self.size}): prepare the "
+                    "folder again."
+                )
+            if is_jpeg:
+                # strict: a truncated file is an error, not a picture that is grey at the bottom
+                simplejpeg.decode_jpeg(data, strict=True, buffer=out)
+            else:
+                out[:] = image
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} cannot be read ({error}): delete it and run `main.py prepare` again.") from None
+
+
+class PackedImages:
+    """The images of a split in one .npy file, uint8 (n, size, size, 3); their crc32 is compared at the first reading.
+
+    Read, not mapped: on a mapped file, a failing disk is a SIGBUS and no error. Each process opens it for itself.
+    """
+
+    def __init__(self, file: Path, paths: list[str], crc32: np.ndarray):
+        self.file, self.folder, self.paths, self.crc32 = file, file.parent, paths, crc32
+        self.checked = np.zeros(len(paths), bool)
+        try:
+            self.opened = open(file, "rb", buffering=0)
+            shape, self.offset = read_npy_header(self.opened)
+            length = os.fstat(self.opened.fileno()).st_size
+        except (OSError, ValueError) as error:
+            raise pack_error(file, f"cannot be read ({error})") from None
+        self.size = shape[1]
+        self.image_bytes = 3 * self.size**2
+        if shape[0] != len(paths):
+            raise pack_error(file, f"holds {shape[0]} images, not {len(paths)}")
+        if length != self.offset + shape[0] * self.image_bytes:
+            raise pack_error(file, f"has {length} bytes, not {self.offset + shape[0] * self.image_bytes}")
+
+    def __reduce__(self):
+        return PackedImages, (self.file, self.paths, self.crc32)
+
+    def read(self, index: int, out: np.ndarray) -> None:
+        """Writes the image into `out`, uint8 (size, size, 3)."""
+        try:
+            count = os.preadv(self.opened.fileno(), [out], self.offset + int(index) * self.image_bytes)
+        except OSError as error:
+            raise pack_error(self.file, f"cannot be read ({error})") from None
+        if count != self.image_bytes:
+            raise pack_error(self.file, f"ends inside the image of {self.paths[index]}")
+        if not self.checked[index]:
+            if zlib.crc32(out) != self.crc32[index]:
+                raise pack_error(self.file, f"is damaged: the image of {self.paths[index]} is not what was written")
+            self.checked[index] = True
+
+
+@dataclasses.dataclass(frozen=True)
 class Photographs:
-    """The photographs of one split, for random access: a `grain` data source.
+    """The photographs of one split, for random access.
 
     `size` is the side of every image in pixels; `labels` are int32 in [0, number of species); `rows` are the
-    records' row numbers in the table.
+    records' row numbers in the table; `folder` is where the images lie.
     """
 
     folder: Path
@@ -86,26 +162,46 @@ class Photographs:
     labels: np.ndarray
     rows: np.ndarray
     size: int
+    images: ImageFiles | PackedImages
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        image = _read(self.folder / self.paths[index])
-        if image.shape != (self.size, self.size, 3):
-            raise UserError(
-                f"{self.folder / self.paths[index]} is {image.shape}, unlike the other images of its split "
-                f"({self.size} x {self.size}): prepare the folder again."
-            )
-        return {"image": image, "label": self.labels[index], "row": self.rows[index]}
+        return {name: values[0] for name, values in self.read(np.array([index])).items()}
+
+    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """The records of int (n,) indices: image uint8 (n, size, size, 3), label and row int32 (n,)."""
+        images = np.empty((len(indices), self.size, self.size, 3), np.uint8)
+        for index, image in zip(indices, images, strict=True):
+            self.images.read(index, image)
+        return {"image": images, "label": self.labels[indices], "row": self.rows[indices]}
+
+    @property
+    def is_packed(self) -> bool:
+        return isinstance(self.images, PackedImages)
 
 
 def open_split(root: Path, table: pl.DataFrame, train: bool) -> Photographs:
-    """The train or test photographs, after a look at the head and tail of every file."""
+    """The train or test photographs: of the folder's pack, or of its image files after a look at every one."""
     split = table.with_row_index("row").filter(pl.col("is_training_img") == train)
     if split.is_empty():
         raise UserError(f"{root / 'metadata.parquet'} has no {'training' if train else 'test'} images.")
-    folder, paths = root / "cleaned_images", split["path"].to_list()
+    is_packed = (root / "packed" / PACK_INDEX).exists()
+    paths = split["path"].to_list()
+    images = _open_pack(root / "packed", paths, train) if is_packed else _open_files(root / "cleaned_images", paths)
+    return Photographs(
+        images.folder,
+        paths,
+        split["species_id"].to_numpy().astype(np.int32),
+        split["row"].to_numpy().astype(np.int32),
+        images.size,
+        images,
+    )
+
+
+def _open_files(folder: Path, paths: list[str]) -> ImageFiles:
+    """The images, after a look at the head and tail of every file."""
     with concurrent.futures.ThreadPoolExecutor(4 * cpu_share()) as pool:
         sizes = list(pool.map(lambda path: _size(folder / path), paths))
     wrong = [(path, size) for path, size in zip(paths, sizes, strict=True) if isinstance(size, str) or size != sizes[0]]
@@ -118,13 +214,36 @@ def open_split(root: Path, table: pl.DataFrame, train: bool) -> Photographs:
         )
     if sizes[0][0] != sizes[0][1]:
         raise UserError(f"{folder / paths[0]} is {sizes[0]} px: prepared images are square; run `main.py prepare`.")
-    return Photographs(
-        folder,
-        paths,
-        split["species_id"].to_numpy().astype(np.int32),
-        split["row"].to_numpy().astype(np.int32),
-        sizes[0][0],
-    )
+    return ImageFiles(folder, paths, sizes[0][0])
+
+
+def _open_pack(folder: Path, paths: list[str], train: bool) -> PackedImages:
+    """The images, when the pack holds those of `paths` in that order."""
+    file = folder / PACK_INDEX
+    try:
+        index = pl.read_parquet(file)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise pack_error(file, f"is not a readable Parquet file ({error})") from None
+    if index.schema != PACK_COLUMNS:
+        raise pack_error(file, f"has the columns {dict(index.schema)}, not {', '.join(PACK_COLUMNS)}")
+    index = index.filter(pl.col("is_training_img") == train)
+    if index["path"].to_list() != paths:
+        raise pack_error(file, f"is not of the {'training' if train else 'test'} images in metadata.parquet")
+    return PackedImages(folder / PACK_FILES[train], paths, index["crc32"].to_numpy())
+
+
+def read_npy_header(opened: IO[bytes]) -> tuple[tuple[int, int, int, int], int]:
+    """Shape (n, size, size, 3) of the images of a pack and the offset of the first; ValueError if it is not one."""
+    if np.lib.format.read_magic(opened) != (1, 0):
+        raise ValueError("not version 1.0 of .npy")
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(opened)
+    if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[1] != shape[2] or shape[3] != 3:
+        raise ValueError(f"{dtype} {shape}, not images of uint8 (n, size, size, 3)")
+    return shape, opened.tell()
+
+
+def pack_error(file: Path, what: str) -> UserError:
+    return UserError(f"{file} {what}: delete {file.parent} and run `main.py prepare --pack` again.")
 
 
 def check_labels(photographs: Photographs, num_classes: int) -> None:
@@ -155,42 +274,57 @@ def train_batches(
     The global batch is a pure function of (seed, step): blocks of all hosts put end to end are the same for any
     number of hosts and workers. Each epoch is a fresh permutation; batches run across its end.
     """
-    blocks = (
-        grain.MapDataset.source(photographs)
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .batch(batch_size // shard.shard_count, drop_remainder=True)[shard.shard_index :: shard.shard_count]
-    )
-    return _iterate(blocks.slice(slice(start, None)), workers)
+    share = batch_size // shard.shard_count
+
+    def block(step: int) -> dict[str, np.ndarray]:
+        numbers = step * batch_size + shard.shard_index * share + np.arange(share)
+        return photographs.read(_shuffled(numbers, seed, len(photographs)))
+
+    return _iterate(grain.MapDataset.range(start, sys.maxsize).map(block), workers, photographs.is_packed)
+
+
+def _shuffled(numbers: np.ndarray, seed: int, length: int) -> np.ndarray:
+    """The records at int (n,) rising places in the sequence of all epochs, whose every epoch has its own order."""
+    epochs, places = np.divmod(numbers, length)
+    orders = [_order(seed, epoch, length)[places[epochs == epoch]] for epoch in range(epochs[0], epochs[-1] + 1)]
+    return np.concatenate(orders)
+
+
+@functools.lru_cache(4)
+def _order(seed: int, epoch: int, length: int) -> np.ndarray:
+    # Grain's own shuffle takes 30 us an index, more than reading an image from a pack does. RandomState's stream is
+    # frozen (NumPy's NEP 19): a run may go on with another NumPy.
+    return np.random.RandomState([seed, epoch]).permutation(length)
 
 
 def test_batches(
     photographs: Photographs, batch_size: int, workers: int, shard: grain.sharding.ShardOptions
 ) -> Iterator[dict[str, np.ndarray]]:
     """This host's blocks of the whole split in order; the last batch is filled up with records whose `mask` is 0."""
-    total = -(-len(photographs) // batch_size) * batch_size
+    share = batch_size // shard.shard_count
 
-    def record(index: int) -> dict[str, np.ndarray]:
-        real = index < len(photographs)
-        return photographs[index if real else 0] | {"mask": np.float32(real)}
+    def block(step: int) -> dict[str, np.ndarray]:
+        indices = step * batch_size + shard.shard_index * share + np.arange(share)
+        real = indices < len(photographs)
+        return photographs.read(np.where(real, indices, 0)) | {"mask": real.astype(np.float32)}
 
-    blocks = grain.MapDataset.range(total).map(record).batch(batch_size // shard.shard_count)
-    return _iterate(blocks[shard.shard_index :: shard.shard_count], workers)
+    blocks = grain.MapDataset.range(-(-len(photographs) // batch_size)).map(block)
+    return _iterate(blocks, workers, photographs.is_packed)
 
 
-def worker_count(workers: int) -> int:
-    """-1 becomes one process for each CPU of the job's share but one; threads do when there are two or fewer."""
+def worker_count(workers: int, is_packed: bool = False) -> int:
+    """-1 becomes one process for each CPU of the job's share but one; threads do for two or fewer, or for a pack."""
     share = cpu_share()
-    return workers if workers >= 0 else (0 if share <= 2 else min(share - 1, 16))
+    return workers if workers >= 0 else (0 if share <= 2 or is_packed else min(share - 1, 16))
 
 
-def _iterate(blocks: grain.MapDataset, workers: int) -> Iterator[dict[str, np.ndarray]]:
-    workers = worker_count(workers)
+def _iterate(blocks: grain.MapDataset, workers: int, is_packed: bool = False) -> Iterator[dict[str, np.ndarray]]:
+    workers = worker_count(workers, is_packed)
     if not flags.FLAGS.is_parsed():  # in a notebook; grain's worker pool reads its own flags
         flags.FLAGS.mark_as_parsed()
-    # The buffer counts batches, and grain's default of 500 would hold tens of gigabytes.
-    threads = 1 if workers else cpu_share()
+    # The buffer counts batches, and grain's default of 500 would hold tens of gigabytes. Of a pack, one thread reads
+    # 15 to 30 thousand images of 269 px a second; two wait for each other and read half to two thirds of that.
+    threads = 1 if workers or is_packed else cpu_share()
     dataset = blocks.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
     if not workers:
         return iter(dataset)
@@ -214,16 +348,6 @@ def _deaf_to_signals(batches: grain.DatasetIterator) -> Iterator[dict[str, np.nd
     with contextlib.closing(batches):
         yield first
         yield from batches
-
-
-def _read(file: Path) -> np.ndarray:
-    """uint8 (height, width, 3)."""
-    try:
-        data = file.read_bytes()
-        # strict: a truncated file is an error, not a picture that is grey at the bottom
-        return simplejpeg.decode_jpeg(data, strict=True) if data[:2] == b"\xff\xd8" else iio.imread(data)[..., :3]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}): delete it and run `main.py prepare` again.") from None
 
 
 def _size(file: Path) -> tuple[int, int] | str:

@@ -24,6 +24,8 @@ from tqdm import tqdm
 from vit_nabirds.archive import read_archive_with_notes
 from vit_nabirds.cpus import cpu_share
 from vit_nabirds.errors import UserError
+from vit_nabirds.pack import discard as discard_pack
+from vit_nabirds.pack import pack as pack_images
 
 # What decides an image's pixels: a corrected name or label leaves finished images valid.
 _GEOMETRY = ["UUID", "path", "bb_x", "bb_y", "bb_width", "bb_height", "is_training_img"]
@@ -35,6 +37,7 @@ def prepare(
     out: str | Path,
     *,
     metadata_only: bool = False,
+    pack: bool = False,
     train_size: int = 269,
     test_size: int = 224,
     margin: float = 0.2,
@@ -43,7 +46,8 @@ def prepare(
     """Writes out/metadata.parquet and out/cleaned_images/<path in images.txt>; UserError for any mistake.
 
     Train: the bounding box and `margin` of its width and height on each side, in train_size² pixels. Test:
-    the bounding box in test_size² pixels. `workers` threads, by default as many as CPU cores are ours.
+    the bounding box in test_size² pixels. `workers` threads, by default as many as CPU cores are ours. `pack` writes
+    out/packed/ too, which training reads instead of the images where it is there.
     """
     archive, out = Path(archive), Path(out)
     source = archive / "images"
@@ -51,6 +55,8 @@ def prepare(
         raise UserError(f"train_size is {train_size}, test_size {test_size}: give at least 16 pixels.")
     if not 0 <= margin <= 1:
         raise UserError(f"margin is {margin}: give a part of the bounding box from 0 to 1, as 0.2.")
+    if pack and metadata_only:
+        raise UserError("--pack packs the images that --metadata_only leaves out: give one of them.")
     if workers is not None and workers < 1:
         raise UserError(f"workers is {workers}: give at least 1, or leave it out for every core of the job.")
     if out.resolve().is_relative_to(source.resolve()) or (out.exists() and not out.is_dir()):
@@ -88,6 +94,8 @@ def prepare(
         if count:
             print(f"note: {count:,} {note}")
     print(f"done in {seconds:.1f} s" + (f", {written / seconds:,.0f} images/s" if written else ""))
+    if pack:
+        pack_images(out)
 
 
 def _prepare_images(
@@ -103,6 +111,7 @@ def _prepare_images(
     todo = [row for row in table.iter_rows(named=True) if row["path"] not in present]
     out.mkdir(parents=True, exist_ok=True)
     if todo:
+        discard_pack(out)
         (out / "metadata.parquet").unlink(missing_ok=True)
     _write(out / "prepared.json", (json.dumps(settings, indent=2) + "\n").encode())
     for folder in {posixpath.dirname(path) for path in paths}:

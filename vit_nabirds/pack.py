@@ -1,0 +1,133 @@
+"""A prepared folder's images -> one file for each split, read without decoding."""
+
+import concurrent.futures
+import io
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import polars as pl
+from tqdm import tqdm
+
+from vit_nabirds import data
+from vit_nabirds.cpus import cpu_share
+from vit_nabirds.errors import UserError
+
+_TEMPORARY = ".tmp"
+
+
+def pack(out: str | Path) -> None:
+    """Writes out/packed/ with train.npy, test.npy and, last, index.parquet; goes on with what a killed run left."""
+    out, started = Path(out), time.perf_counter()
+    folder, table = out / "packed", data.read_table(out)
+    try:
+        complete = _is_complete(out, table)
+        splits = {train: data.open_split(out, table, train) for train in (True, False)}
+        if not complete:
+            folder.mkdir(exist_ok=True)
+            _write_all(folder, table, splits)
+    except OSError as error:
+        raise UserError(f"{folder}: {error}. Make room and run the command again; it goes on from there.") from error
+    size = sum((folder / name).stat().st_size for name in data.PACK_FILES.values())
+    how = "already there" if complete else f"written in {time.perf_counter() - started:.1f} s"
+    print(f"packed: {len(splits[True]):,} train and {len(splits[False]):,} test images, {size / 1e9:.2f} GB, {how}")
+
+
+def discard(out: Path) -> None:
+    """Removes what was packed; the index last, or a kill on the way would leave what seems to be begun and good."""
+    for name in (*data.PACK_FILES.values(), data.PACK_INDEX):
+        (out / "packed" / (name + _TEMPORARY)).unlink(missing_ok=True)
+        (out / "packed" / name).unlink(missing_ok=True)
+
+
+def _is_complete(out: Path, table: pl.DataFrame) -> bool:
+    """Whether there is a pack that can be used; one that cannot is discarded."""
+    if not (out / "packed" / data.PACK_INDEX).exists():
+        return False
+    try:
+        return all(data.open_split(out, table, train) for train in (True, False))
+    except UserError:
+        discard(out)
+        return False
+
+
+def _write_all(folder: Path, table: pl.DataFrame, splits: dict[bool, data.Photographs]) -> None:
+    crc32 = np.zeros(table.height, np.uint32)
+    _check_space(folder, splits)
+    for train, split in splits.items():
+        crc32[split.rows] = _write_split(split, folder / data.PACK_FILES[train])
+    index = table.select("path", "is_training_img").with_columns(crc32=crc32)
+    temporary = folder / (data.PACK_INDEX + _TEMPORARY)
+    with open(temporary, "wb") as opened:
+        index.write_parquet(opened)
+        _flush(opened)
+    os.replace(temporary, folder / data.PACK_INDEX)
+
+
+def _check_space(folder: Path, splits: dict[bool, data.Photographs]) -> None:
+    needed = sum(len(split) * _image_bytes(split) for split in splits.values())
+    needed -= sum(file.stat().st_size for file in folder.glob("*.npy*"))
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise UserError(
+            f"{folder}: the packed images need {needed / 1e9:.2f} GB more, and {free / 1e9:.2f} GB are free. Make "
+            "room, or leave out --pack."
+        )
+
+
+def _write_split(split: data.Photographs, file: Path) -> list[int]:
+    """Writes or completes the file; the crc32 of each image."""
+    header, image_bytes = _header(split), _image_bytes(split)
+    total = len(header) + len(split) * image_bytes
+    temporary = file.with_name(file.name + _TEMPORARY)
+    if file.exists():  # of a run that was killed before its end: to be looked through, as a part of one is
+        os.replace(file, temporary)
+    with open(temporary, "a+b") as opened:
+        opened.seek(0)
+        if opened.read(len(header)) != header or temporary.stat().st_size > total:
+            opened.truncate(0)
+            opened.write(header)
+        there = (opened.seek(0, 2) - len(header)) // image_bytes
+        opened.truncate(len(header) + there * image_bytes)
+        opened.seek(len(header))
+        crc32 = [zlib.crc32(opened.read(image_bytes)) for _ in range(there)]
+        with tqdm(total=len(split), initial=there, desc=file.name, unit=" images", disable=None) as progress:
+            for image in _decoded(split, there):
+                opened.write(image)
+                crc32.append(zlib.crc32(image))
+                progress.update()
+        _flush(opened)
+    os.replace(temporary, file)
+    return crc32
+
+
+def _decoded(split: data.Photographs, start: int) -> Iterator[np.ndarray]:
+    """The images from `start` on in order, uint8 (size, size, 3); each thread is at most 64 of them ahead."""
+    pool = concurrent.futures.ThreadPoolExecutor(cpu_share())
+    try:
+        for first in range(start, len(split), chunk := 64 * cpu_share()):
+            indices = range(first, min(first + chunk, len(split)))
+            yield from pool.map(lambda index: split[index]["image"], indices)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _header(split: data.Photographs) -> bytes:
+    shape = (len(split), split.size, split.size, 3)
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
+
+
+def _image_bytes(split: data.Photographs) -> int:
+    return 3 * split.size**2
+
+
+def _flush(opened: IO[bytes]) -> None:
+    """Down to the disk, so that a file has its name only when it is there as a whole."""
+    opened.flush()
+    os.fsync(opened.fileno())
