@@ -14,7 +14,7 @@ import polars as pl
 import pytest
 from test_data import same, take
 
-from vit_nabirds import data, pack, prepare
+from vit_nabirds import data, images, pack, prepare
 from vit_nabirds.errors import UserError
 from vit_nabirds.synthetic import draw_archive
 
@@ -73,9 +73,9 @@ def test_the_files_are_plain_npy_in_the_order_of_the_table(packed, prepared):
     index = pl.read_parquet(packed / "packed/index.parquet")
     assert index.drop("crc32").equals(table.select("path", "is_training_img")) and index["crc32"].dtype == pl.UInt32
     for name, train in (("train.npy", True), ("test.npy", False)):
-        images = np.load(packed / "packed" / name, mmap_mode="r")
+        packed_images = np.load(packed / "packed" / name, mmap_mode="r")
         split = open_split(prepared, train)
-        assert np.array_equal(images, split.read(np.arange(len(split)))["image"])
+        assert np.array_equal(packed_images, split.read(np.arange(len(split)))["image"])
     assert sorted(contents(packed)) == ["index.parquet", "test.npy", "train.npy"]
 
 
@@ -112,13 +112,13 @@ def test_prepare_packs_once_and_never_leaves_a_stale_pack(archive, tmp_path, cap
 
 
 def count_reads(monkeypatch) -> collections.Counter:
-    counts, read = collections.Counter(), data.ImageFiles.read
+    counts, read = collections.Counter(), images.ImageFiles.read
 
     def counted(self, index, out):
         counts[self.paths[index]] += 1
         read(self, index, out)
 
-    monkeypatch.setattr(data.ImageFiles, "read", counted)
+    monkeypatch.setattr(images.ImageFiles, "read", counted)
     return counts
 
 

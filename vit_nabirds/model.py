@@ -205,6 +205,7 @@ class VisionTransformer(nnx.Module):
             )
             x = jnp.concatenate([x[:, :1], registers, x[:, 1:]], axis=1)
         x = self.dropout(x, deterministic=rngs is None, rngs=rngs)
+
         def run(block: TransformerEncoder, x: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
             return block(x, rngs=rngs)
 

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 from tqdm import tqdm
 
-from vit_nabirds import data
+from vit_nabirds import data, images
 from vit_nabirds.cpus import cpu_share
 from vit_nabirds.errors import UserError
 
@@ -33,21 +33,21 @@ def pack(out: str | Path) -> None:
             _write_all(folder, table, splits)
     except OSError as error:
         raise UserError(f"{folder}: {error}. Make room and run the command again; it goes on from there.") from error
-    size = sum((folder / name).stat().st_size for name in data.PACK_FILES.values())
+    size = sum((folder / name).stat().st_size for name in images.PACK_FILES.values())
     how = "already there" if complete else f"written in {time.perf_counter() - started:.1f} s"
     print(f"packed: {len(splits[True]):,} train and {len(splits[False]):,} test images, {size / 1e9:.2f} GB, {how}")
 
 
 def discard(out: Path) -> None:
     """Removes what was packed; the index last, or a kill on the way would leave what seems to be begun and good."""
-    for name in (*data.PACK_FILES.values(), data.PACK_INDEX):
+    for name in (*images.PACK_FILES.values(), images.PACK_INDEX):
         (out / "packed" / (name + _TEMPORARY)).unlink(missing_ok=True)
         (out / "packed" / name).unlink(missing_ok=True)
 
 
 def _is_complete(out: Path, table: pl.DataFrame) -> bool:
     """Whether there is a pack that can be used; one that cannot is discarded."""
-    if not (out / "packed" / data.PACK_INDEX).exists():
+    if not (out / "packed" / images.PACK_INDEX).exists():
         return False
     try:
         return all(data.open_split(out, table, train) for train in (True, False))
@@ -60,13 +60,13 @@ def _write_all(folder: Path, table: pl.DataFrame, splits: dict[bool, data.Photog
     crc32 = np.zeros(table.height, np.uint32)
     _check_space(folder, splits)
     for train, split in splits.items():
-        crc32[split.rows] = _write_split(split, folder / data.PACK_FILES[train])
+        crc32[split.rows] = _write_split(split, folder / images.PACK_FILES[train])
     index = table.select("path", "is_training_img").with_columns(crc32=crc32)
-    temporary = folder / (data.PACK_INDEX + _TEMPORARY)
+    temporary = folder / (images.PACK_INDEX + _TEMPORARY)
     with open(temporary, "wb") as opened:
         index.write_parquet(opened)
         _flush(opened)
-    os.replace(temporary, folder / data.PACK_INDEX)
+    os.replace(temporary, folder / images.PACK_INDEX)
 
 
 def _check_space(folder: Path, splits: dict[bool, data.Photographs]) -> None:
