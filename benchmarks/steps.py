@@ -4,7 +4,7 @@ import resource
 import time
 from collections.abc import Callable
 
-SPEED = ["ours", "ours on 2 devices", "seed: nnx.jit", "Hugging Face Flax", "torch with timm"]
+SPEED = ["ours", "ours on 2 devices", "seed: nnx.jit", "Hugging Face Flax", "torch with timm", "seed without dropout"]
 HOST = ["ours", "seed: nnx.jit"]
 
 
@@ -79,8 +79,16 @@ def ours_on_2_devices(**arguments) -> Callable:
     return _ours(2, **arguments)
 
 
-def seed(shape: dict, batch_size: int, count: int) -> Callable:
-    """As the course page that this project grew from has it: modules as arguments of `nnx.jit`."""
+def seed(**arguments) -> Callable:
+    """As the course page that this project grew from has it: modules as arguments of `nnx.jit`, dropout of 0.1."""
+    return _seed(0.1, **arguments)
+
+
+def seed_without_dropout(**arguments) -> Callable:
+    return _seed(0.0, **arguments)
+
+
+def _seed(dropout: float, shape: dict, batch_size: int, count: int) -> Callable:
     import jax
     import jax.numpy as jnp
     import optax
@@ -91,12 +99,16 @@ def seed(shape: dict, batch_size: int, count: int) -> Callable:
     class Block(nnx.Module):
         def __init__(self, rngs: nnx.Rngs):
             self.norm1, self.norm2 = nnx.LayerNorm(width, rngs=rngs), nnx.LayerNorm(width, rngs=rngs)
-            self.attn = nnx.MultiHeadAttention(shape["num_heads"], width, decode=False, deterministic=True, rngs=rngs)
+            self.attn = nnx.MultiHeadAttention(
+                num_heads=shape["num_heads"], in_features=width, dropout_rate=dropout, broadcast_dropout=False,
+                decode=False, deterministic=False, rngs=rngs,
+            )  # fmt: skip
             self.mlp = nnx.Sequential(
                 nnx.Linear(width, shape["mlp_dim"], rngs=rngs),
                 nnx.gelu,
-                nnx.Dropout(0.1, deterministic=True, rngs=rngs),
+                nnx.Dropout(dropout, rngs=rngs),
                 nnx.Linear(shape["mlp_dim"], width, rngs=rngs),
+                nnx.Dropout(dropout, rngs=rngs),
             )
 
         def __call__(self, x: jax.Array) -> jax.Array:
@@ -109,12 +121,13 @@ def seed(shape: dict, batch_size: int, count: int) -> Callable:
             self.cls = nnx.Param(jnp.zeros((1, 1, width)))
             self.positions = nnx.Param(jnp.zeros((1, (size // patch) ** 2 + 1, width)))
             self.blocks = nnx.Sequential(*[Block(rngs) for _ in range(shape["num_layers"])])
+            self.dropout = nnx.Dropout(dropout, rngs=rngs)
             self.norm, self.head = nnx.LayerNorm(width, rngs=rngs), nnx.Linear(width, 404, rngs=rngs)
 
         def __call__(self, images: jax.Array) -> jax.Array:
             x = self.patches(images).reshape(len(images), -1, width)
             x = jnp.concatenate([jnp.broadcast_to(self.cls[...], (len(x), 1, width)), x], axis=1) + self.positions[...]
-            return self.head(self.norm(self.blocks(x))[:, 0])
+            return self.head(self.norm(self.blocks(self.dropout(x)))[:, 0])
 
     @nnx.jit
     def train_step(model: nnx.Module, optimizer: nnx.Optimizer, metrics: nnx.MultiMetric, batch: dict) -> None:
@@ -198,4 +211,10 @@ def torch_with_timm(shape: dict, batch_size: int, count: int) -> Callable:
     return _measured(one, lambda loss: loss.item(), batch_size, count)
 
 
-CONTENDERS = dict(zip(SPEED, [ours, ours_on_2_devices, seed, hugging_face_flax, torch_with_timm], strict=True))
+CONTENDERS = dict(
+    zip(
+        SPEED,
+        [ours, ours_on_2_devices, seed, hugging_face_flax, torch_with_timm, seed_without_dropout],
+        strict=True,
+    )
+)
