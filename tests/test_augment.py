@@ -1,11 +1,12 @@
 """Augmentation: the course's operations, another draw for each record and step, the same on any layout."""
 
+import dm_pix as pix
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vit_nabirds import devices
-from vit_nabirds.augment import Normalization, augment, to_float, zscore
+from vit_nabirds.augment import Normalization, augment, random_gamma, to_float, zscore
 from vit_nabirds.train import step_keys
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (12, 12, 3), np.uint8)
@@ -52,3 +53,10 @@ def test_normalisation():
     normalization = Normalization(mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 1.0))
     out = zscore(to_float(jnp.full((1, 2, 2, 3), 255, jnp.uint8)), normalization)
     np.testing.assert_allclose(out[0, 0, 0], [1, 3, 1], rtol=1e-6)
+
+
+def test_gamma_is_that_of_dm_pix():
+    image, key = jnp.linspace(-0.1, 1.1, 300).reshape(10, 10, 3), jax.random.key(0)
+    ours, theirs = random_gamma(key, image, 0.6, 1.2), pix.random_gamma(key, image, 0.6, 1.2)
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    assert np.abs(ours - image.clip(0, 1)).max() > 0.01
