@@ -28,10 +28,11 @@ def get_config():
 
 
 def _command(folder: Path, root: str, workdir: Path, steps: int, images: int, batch_size: int, save: int) -> list[str]:
+    # So many more steps than are measured that the end with its evaluation never comes.
     return [
         sys.executable, str(ROOT / "main.py"), f"--config={folder / 'config.py'}", f"--workdir={workdir}",
-        f"--config.data.root={root}", f"--config.epochs={steps * batch_size / images}",
-        f"--config.evaluate.every={steps} steps", f"--config.checkpoint.every={save} steps",
+        f"--config.data.root={root}", f"--config.epochs={1000 * steps * batch_size / images}",
+        f"--config.evaluate.every={1000 * steps} steps", f"--config.checkpoint.every={save} steps",
     ]  # fmt: skip
 
 
@@ -40,17 +41,16 @@ def _seconds_of_steps(workdir: Path, batch_size: int) -> dict[int, float]:
     return {x["step"]: batch_size / x["train/images_per_second"] for x in lines if "train/images_per_second" in x}
 
 
-def _to_first_step(command: list[str], environment: dict) -> float:
-    """Seconds from the command to the end of its first step; then it is asked to stop, and saves."""
-    start = time.perf_counter()
+def _until(step: int, command: list[str], environment: dict) -> float:
+    """Seconds from the command to the report of a step; then it is asked to stop, and saves."""
+    start, seconds = time.perf_counter(), None
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, text=True, stderr=subprocess.PIPE)
-    seconds = None
     for line in process.stderr:
-        if seconds is None and re.search(r" step \d+/\d+: ", line):
+        if seconds is None and (told := re.search(r" step (\d+)/\d+: ", line)) and int(told[1]) >= step:
             seconds = time.perf_counter() - start
             process.send_signal(signal.SIGTERM)
     process.wait()
-    assert seconds is not None, "the training ended before its first step"
+    assert seconds is not None, f"the training ended before step {step}"
     return seconds
 
 
@@ -65,18 +65,14 @@ def run(root: str, images: int, shape: dict, batch_size: int, steps: int, bare: 
             return _command(folder, root, folder / workdir, steps, images, batch_size, save)
 
         cache = {"JAX_COMPILATION_CACHE_DIR": ""}  # that of the workdir
-        cold = _to_first_step(command("started", steps), cache)
-        resumed = _to_first_step(command("started", steps), cache)
-        warm = _to_first_step(
-            command("warm", steps), {"JAX_COMPILATION_CACHE_DIR": str(folder / "started" / "compiled")}
-        )
-        warmed = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "started" / "compiled")}
+        cold = _until(1, command("started", 1000 * steps), cache)
+        resumed = _until(2, command("started", 1000 * steps), cache)
+        warmed = {"JAX_COMPILATION_CACHE_DIR": str(folder / "started" / "compiled")}
+        warm = _until(1, command("warm", 1000 * steps), warmed)
         ratios, saving, plain = [], [], []
         before = bare()
         for number in range(rounds):
-            subprocess.run(
-                command(f"trained{number}", 10 * steps), cwd=ROOT, env=warmed, check=True, capture_output=True
-            )
+            _until(steps, command(f"trained{number}", 1000 * steps), warmed)
             seconds = _seconds_of_steps(folder / f"trained{number}", batch_size)
             plain += list(seconds.values())[1:]
             after = bare()
@@ -84,7 +80,7 @@ def run(root: str, images: int, shape: dict, batch_size: int, steps: int, bare: 
             ratios.append(speed / (2 / (1 / before + 1 / after)))
             before = after
         every = max(2, steps // 5)
-        subprocess.run(command("saving", every), cwd=ROOT, env=warmed, check=True, capture_output=True)
+        _until(steps, command("saving", every), warmed)
         saving = list(_seconds_of_steps(folder / "saving", batch_size).values())[1:]
     saving.sort()
     return {
