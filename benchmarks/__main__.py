@@ -43,7 +43,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     parts, quick = options.parts or PARTS, options.quick
-    shape, batch_size, rounds = (TINY, 4, 1) if quick else (VIT_S, 8, 5)
+    tiny = TINY | {"num_layers": 1} if quick else TINY
+    shape, batch_size, rounds = (tiny, 4, 1) if quick else (VIT_S, 8, 5)
     pythons = {name: options.torch for name in ("torch", "torch, 2 workers", "torch with timm")}
     targets, measured = [], {}
 
@@ -63,7 +64,7 @@ def main() -> None:
         images = len(inputs.open_images(root, packed=True))
 
         if "input" in parts:
-            arguments = dict(root=str(root), batch_size=64 // (8 if quick else 1), count=2 if quick else 8)
+            arguments = dict(root=str(root), batch_size=64 // (8 if quick else 1), count=8 if quick else 32)
             rows = contest.run("inputs", inputs.ONE_CORE, arguments, rounds, pythons, cores=1)
             rows |= contest.run("inputs", inputs.HOST, arguments, rounds, pythons)
             rows |= contest.run("inputs", inputs.AUGMENTED, arguments | {"batch_size": 8}, rounds, pythons)
@@ -76,9 +77,12 @@ def main() -> None:
             target("ours from JPEG ÷ decoding alone", ratio(rows, "images/s", "ours from JPEG", "decoding alone"), 0.85)
             target("ours from JPEG, augmented ÷ torch", ratio(rows, "images/s", "ours augmented", "best torch"), 1.5)
         if "host" in parts:
-            arguments = dict(shape=TINY, batch_size=8, count=10 if quick else 100)
+            arguments = dict(shape=tiny, batch_size=8, count=10 if quick else 100)
             rows = measured["host"] = contest.run("steps", steps.HOST, arguments, rounds, pythons)
-            table("Host time of a step, 12 layers", {name: {"ms": row["host ms/step"]} for name, row in rows.items()})
+            table(
+                f"Host time of a step, {tiny['num_layers']} layers",
+                {name: {"ms": row["host ms/step"]} for name, row in rows.items()},
+            )
             target(
                 "host time of a step ÷ nnx.jit's",
                 ratio(rows, "host ms/step", *steps.HOST),
@@ -119,6 +123,8 @@ def main() -> None:
         value = "not measured" if row["value"] is None else show(float(row["value"]))
         met = {None: "—", True: "yes", False: "NO"}[row["met"]]
         print(f"| {row['name']} | {value} | {row['target']} | {met} |")
+    if quick:
+        print("\nOf tiny models for moments: these numbers say that the scripts work, and nothing else.")
     if options.json:
         options.json.write_text(
             json.dumps({"machine": machine, "targets": targets, "measured": measured}, indent=2) + "\n"

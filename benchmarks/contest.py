@@ -26,13 +26,14 @@ def run(
         command = [pythons.get(name, sys.executable), "-m", "benchmarks.contest", module, name, json.dumps(arguments)]
         if cores:
             command = ["taskset", "--cpu-list", ",".join(map(str, sorted(os.sched_getaffinity(0))[:cores])), *command]
-        process = subprocess.Popen(
+        processes[name] = subprocess.Popen(
             command, cwd=ROOT, env=os.environ | pages, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
+    for name, process in list(processes.items()):
         ready = _answer(process)
         results[name] = [] if ready == {} else ready
-        if ready == {}:
-            processes[name] = process
+        if ready:
+            processes.pop(name).communicate()
     for _ in range(rounds):
         for name, process in processes.items():
             process.stdin.write("\n")

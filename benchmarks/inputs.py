@@ -16,7 +16,9 @@ HOST = ["ours packed", "ours from JPEG", "decoding alone", "copying alone"]
 AUGMENTED = ["ours augmented", "ours packed augmented", "torch", "torch, 2 workers", "seed"]
 
 
-def _measured(batches: Iterator, batch_size: int, count: int, skip: int = 3) -> Callable:
+def _measured(batches: Iterator, batch_size: int, count: int, skip: int = 10) -> Callable:
+    """`skip` batches are not counted: as many and more may have been fetched while another was measured."""
+
     def measure() -> dict:
         for _ in range(skip):
             next(batches)
@@ -162,7 +164,7 @@ def seed(root: str, batch_size: int, count: int) -> Callable:
         operations=[*map(transform, steps), grain.Batch(batch_size, drop_remainder=True)],
         worker_count=0,
     )
-    return _measured(iter(loader), batch_size, max(1, count // 20), skip=1)
+    return _measured(iter(loader), batch_size, max(1, count // 16), skip=1)
 
 
 def _torch(workers: int, root: str, batch_size: int, count: int) -> Callable:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -41,10 +42,11 @@ def _seconds_of_steps(workdir: Path, batch_size: int) -> dict[int, float]:
     return {x["step"]: batch_size / x["train/images_per_second"] for x in lines if "train/images_per_second" in x}
 
 
-def _until(step: int, command: list[str], environment: dict) -> float:
+def _until(step: int, command: list[str]) -> float:
     """Seconds from the command to the report of a step; then it is asked to stop, and saves."""
     start, seconds = time.perf_counter(), None
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, text=True, stderr=subprocess.PIPE)
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE)
     for line in process.stderr:
         if seconds is None and (told := re.search(r" step (\d+)/\d+: ", line)) and int(told[1]) >= step:
             seconds = time.perf_counter() - start
@@ -61,18 +63,18 @@ def run(root: str, images: int, shape: dict, batch_size: int, steps: int, bare: 
         folder = Path(folder)
         (folder / "config.py").write_text(CONFIG.format(shape=shape, batch_size=batch_size))
 
-        def command(workdir: str, save: int) -> list[str]:
-            return _command(folder, root, folder / workdir, steps, images, batch_size, save)
+        def measured(step: int, workdir: str, save: int = 1000 * steps, warm: bool = True) -> float:
+            if warm:
+                shutil.copytree(folder / "started" / "compiled", folder / workdir / "compiled", dirs_exist_ok=True)
+            return _until(step, _command(folder, root, folder / workdir, steps, images, batch_size, save))
 
-        cache = {"JAX_COMPILATION_CACHE_DIR": ""}  # that of the workdir
-        cold = _until(1, command("started", 1000 * steps), cache)
-        resumed = _until(2, command("started", 1000 * steps), cache)
-        warmed = {"JAX_COMPILATION_CACHE_DIR": str(folder / "started" / "compiled")}
-        warm = _until(1, command("warm", 1000 * steps), warmed)
+        cold = measured(1, "started", warm=False)
+        resumed = measured(2, "started", warm=False)
+        warm = measured(1, "warm")
         ratios, saving, plain = [], [], []
         before = bare()
         for number in range(rounds):
-            _until(steps, command(f"trained{number}", 1000 * steps), warmed)
+            measured(steps, f"trained{number}")
             seconds = _seconds_of_steps(folder / f"trained{number}", batch_size)
             plain += list(seconds.values())[1:]
             after = bare()
@@ -80,7 +82,7 @@ def run(root: str, images: int, shape: dict, batch_size: int, steps: int, bare: 
             ratios.append(speed / (2 / (1 / before + 1 / after)))
             before = after
         every = max(2, steps // 5)
-        _until(steps, command("saving", every), warmed)
+        measured(steps, "saving", save=every)
         saving = list(_seconds_of_steps(folder / "saving", batch_size).values())[1:]
     saving.sort()
     return {

@@ -63,7 +63,10 @@ class Checkpoints:
         """Copy the state and return; it is written in the background and shows when it is complete."""
         training = {name: part for name, part in state.items() if name != "params"}
         parts = {"params": state["params"], "training": training}
-        self._orbax.save_checkpointables_async(step, parts, custom_metadata=about.to_json())
+        options = ocp.Context()
+        options.array.saving.use_compression = False  # it halves the time of writing, which steps pay for; 10 % larger
+        with options:
+            self._orbax.save_checkpointables_async(step, parts, custom_metadata=about.to_json())
 
     def about(self, step: int) -> About:
         try:

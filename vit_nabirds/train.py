@@ -172,6 +172,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         checkpoints = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(workdir / "checkpoints")))
         if not jax.config.jax_compilation_cache_dir:  # process 0 writes to it, and a damaged file is compiled anew
             jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         if resumed:
             like = jax.eval_shape(initial_state, {}) | {"params": shapes}
             state = checkpoints.restore(start, checkpoint.placed(like, devices.replicated(mesh)))
