@@ -250,7 +250,7 @@ def test_a_flipped_bit_is_an_error_that_names_the_image(copied, workers):
 
 def test_each_image_is_checked_once_in_a_process(copied, monkeypatch):
     split, checks = open_split(copied), []
-    monkeypatch.setattr(data.zlib, "crc32", lambda image, crc32=data.zlib.crc32: checks.append(0) or crc32(image))
+    monkeypatch.setattr(images.zlib, "crc32", lambda image, crc32=images.zlib.crc32: checks.append(0) or crc32(image))
     take(split, 10)  # two epochs
     assert len(checks) == 40
 
