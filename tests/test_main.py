@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -219,3 +220,13 @@ def test_a_full_disk_is_one_message():
     error = ValueError("RESOURCE_EXHAUSTED: Error writing local file: No space left on device [os_error_code='28']")
     assert message_of(error).startswith("No space left on device: make room, and run the same command again")
     assert message_of(ValueError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages of glibc")
+@pytest.mark.parametrize("given, expected", [({}, "glibc.malloc.hugetlb=1"), ({"GLIBC_TUNABLES": ""}, "''")])
+def test_it_starts_itself_again_for_large_pages_unless_told_otherwise(main, tmp_path, given, expected):
+    config = tmp_path / "config.py"
+    config.write_text("import os\n\n\ndef get_config():\n    raise ValueError(repr(os.environ['GLIBC_TUNABLES']))\n")
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"} | given
+    told = main(f"--config={config}", env=environment)
+    assert told.returncode == 2 and expected in told.stderr
