@@ -12,6 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from vit_nabirds.cpus import LARGE_PAGES
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -22,7 +24,7 @@ def run(
     processes, results, starts = {}, {}, {}
     for name in names:
         # Ours has large pages, as main.py gives itself; torch is faster without, and Flax's step as fast.
-        pages = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if name.startswith("ours") else {}
+        pages = LARGE_PAGES if name.startswith("ours") else {}
         command = [pythons.get(name, sys.executable), "-m", "benchmarks.contest", module, name, json.dumps(arguments)]
         if cores:
             command = ["taskset", "--cpu-list", ",".join(map(str, sorted(os.sched_getaffinity(0))[:cores])), *command]

@@ -94,7 +94,7 @@ def decoding(root: str, batch_size: int, count: int) -> Callable:
     import simplejpeg
 
     images = open_images(root, packed=False)
-    files = [images.folder / path for path in images.paths]
+    files = [images.images.folder / path for path in images.paths]
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
 
     def decode(part: list[Path]) -> None:
@@ -141,7 +141,7 @@ def seed(root: str, batch_size: int, count: int) -> Callable:
             return len(images)
 
         def __getitem__(self, index: int) -> dict:
-            return {"img": iio.imread(images.folder / images.paths[index]), "species_id": images.labels[index]}
+            return {"img": iio.imread(images.images.folder / images.paths[index]), "species_id": images.labels[index]}
 
     def transform(function: Callable) -> grain.MapTransform:
         class Transform(grain.MapTransform):

@@ -44,8 +44,7 @@ def audit(devices: int, shape: dict, per_device: int) -> dict:
     groups, tx = state.group(shapes, shapes), optax.adamw(1e-4)
 
     def initial_state() -> dict:
-        params = state.pack(model.initial_params(shape, 404, 0), groups)
-        return {"step": jnp.zeros((), jnp.int32), "params": params, "opt_state": tx.init(params)}
+        return state.initial(model.initial_params(shape, 404, 0), tx, groups, groups)
 
     like = checkpoint.placed(jax.eval_shape(initial_state), devices_lib.replicated(mesh))
     size, total = round(1.2 * shape["img_size"]), devices * per_device

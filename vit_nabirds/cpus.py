@@ -15,11 +15,14 @@ def cpu_share() -> int:
     return os.cpu_count() or 1
 
 
+LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
+
 def with_large_pages() -> None:
     """Start this program again, once, with pages of 2 MB for large arrays, where glibc (2.35 or newer) has them.
 
     XLA takes its working memory anew at each step, and clears it page by page: 17 % of the time of a step on a CPU.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.environ.update(LARGE_PAGES)
         os.execv(sys.executable, sys.orig_argv)

@@ -76,19 +76,24 @@ def fingerprint(table: pl.DataFrame) -> str:
 class Photographs:
     """The photographs of one split, for random access.
 
-    `size` is the side of every image in pixels; `labels` are int32 in [0, number of species); `rows` are the
-    records' row numbers in the table; `folder` is where the images lie.
+    `labels` are int32 in [0, number of species); `rows` are the records' row numbers in the table.
     """
 
-    folder: Path
-    paths: list[str]
+    images: ImageFiles | PackedImages
     labels: np.ndarray
     rows: np.ndarray
-    size: int
-    images: ImageFiles | PackedImages
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.labels)
+
+    @property
+    def size(self) -> int:
+        """The side of every image in pixels."""
+        return self.images.size
+
+    @property
+    def paths(self) -> list[str]:
+        return self.images.paths
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return {name: values[0] for name, values in self.read(np.array([index])).items()}
@@ -110,15 +115,10 @@ def open_split(root: Path, table: pl.DataFrame, train: bool) -> Photographs:
     split = table.with_row_index("row").filter(pl.col("is_training_img") == train)
     if split.is_empty():
         raise UserError(f"{root / 'metadata.parquet'} has no {'training' if train else 'test'} images.")
-    paths = split["path"].to_list()
-    images = open_images(root, paths, train)
     return Photographs(
-        images.folder,
-        paths,
+        open_images(root, split["path"].to_list(), train),
         split["species_id"].to_numpy().astype(np.int32),
         split["row"].to_numpy().astype(np.int32),
-        images.size,
-        images,
     )
 
 
@@ -137,8 +137,8 @@ def check_sizes(train: Photographs, test: Photographs, image_size: int) -> None:
     """Raise UserError when the model cannot be trained on crops of these images and tested on those."""
     if train.size < image_size or test.size != image_size:
         raise UserError(
-            f"{train.folder}: training images are {train.size} px and test images {test.size} px, but the model takes "
-            f"{image_size}: prepare one with --train_size={round(1.2 * image_size)} --test_size={image_size}."
+            f"{train.images.folder}: training images are {train.size} px and test images {test.size} px, but the model "
+            f"takes {image_size}: prepare one with --train_size={round(1.2 * image_size)} --test_size={image_size}."
         )
 
 

@@ -37,7 +37,7 @@ def make_eval_step(graphdef: nnx.GraphDef, normalization: Normalization) -> Call
             "examples": totals["examples"] + jnp.sum(by_class, axis=0),
         }
 
-    return jax.jit(eval_step, donate_argnums=1)
+    return model.jit(eval_step, donate_argnums=1)
 
 
 def evaluate(

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from vit_nabirds import devices, weights
 from vit_nabirds.cpus import cpu_share
 from vit_nabirds.errors import UserError
-from vit_nabirds.model import apply, describe
+from vit_nabirds.model import apply, describe, jit
 from vit_nabirds.prepare import fit
 from vit_nabirds.run import open_run
 
@@ -56,7 +56,7 @@ class Classifier:
             self._graphdef, _ = describe(architecture, len(self.species))
             self._params = checkpoint.load(architecture, self.species, lambda x: devices.replicate(x, self._mesh))
             self._prepare = preprocessing(checkpoint, checkpoint.image_size)
-        self._top = jax.jit(self._top_probabilities, static_argnums=2)
+        self._top = jit(self._top_probabilities, static_argnums=2)
 
     def __call__(self, images: Iterable[str | Path | Image.Image | np.ndarray], topk: int = 5) -> Iterator[dict]:
         """A dict for each image, in order, read as it is asked for: `file`, `species` and `probability` (lists of the

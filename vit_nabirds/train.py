@@ -90,8 +90,7 @@ def make_train_step(
         params = state["params"] | optax.apply_updates(params, updates)
         return {"step": state["step"] + 1, "params": params, "opt_state": opt_state}, metrics
 
-    compiler_options = model.COMPILER_OPTIONS if jax.default_backend() == "cpu" else {}
-    return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options)
+    return model.jit(train_step, donate_argnums=0)
 
 
 def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
@@ -154,9 +153,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         )
 
         def initial_state(loaded: dict) -> dict:
-            params = state_lib.pack(model.initial_params(architecture, len(species), config.seed) | loaded, groups)
-            opt_state = tx.init({name: params[name] for name in trained})
-            return {"step": jnp.zeros((), jnp.int32), "params": params, "opt_state": opt_state}
+            params = model.initial_params(architecture, len(species), config.seed) | loaded
+            return state_lib.initial(params, tx, groups, trained)
 
         loaded = {}
         if pretrained:

@@ -79,9 +79,9 @@ def outputs(checkpoint: weights.Checkpoint, pixels: np.ndarray) -> np.ndarray:
     graphdef, shapes = model.describe(architecture, max(len(checkpoint.labels), 1))
     params = checkpoint.load(architecture, checkpoint.labels)
     if checkpoint.labels:
-        return np.asarray(jax.jit(lambda p, x: model.apply(graphdef, p, x))(params, pixels))
+        return np.asarray(model.jit(lambda p, x: model.apply(graphdef, p, x))(params, pixels))
     params |= {path: jnp.zeros(shapes[path].shape) for path in shapes if path not in params}
-    return np.asarray(jax.jit(lambda p, x: model.bind(graphdef, p).features(x))(params, pixels))
+    return np.asarray(model.jit(lambda p, x: model.bind(graphdef, p).features(x))(params, pixels))
 
 
 def load_reference(checkpoint: weights.Checkpoint) -> tuple[Callable[[np.ndarray], np.ndarray], str]:
