@@ -22,6 +22,7 @@ from vit_nabirds.augment import Normalization, augment
 from vit_nabirds.errors import UserError
 from vit_nabirds.evaluate import evaluate_run, make_eval_step
 from vit_nabirds.monitor import read_evaluations, read_metrics
+from vit_nabirds.run import open_run
 from vit_nabirds.train import FINISHED, step_keys
 
 STOPPED = 75
@@ -114,6 +115,20 @@ def test_newest_and_best_checkpoints_are_kept_and_tell_of_themselves(undisturbed
     assert about.config["batch_size"] == 8 and about.normalization.mean == (0.5, 0.5, 0.5) and about.fingerprint
 
 
+def test_a_checkpoint_tells_where_in_its_vectors_each_parameter_lies(undisturbed):
+    checkpoints = checkpoint.Checkpoints(undisturbed / "checkpoints", read_only=True)
+    arrays = checkpoints._orbax.checkpointables_metadata(20).custom_metadata["arrays"]["params"]
+    vectors, params = params_of(undisturbed, 20), open_run(undisturbed, 20).params
+    assert arrays.keys() == params.keys()
+    for path, where in arrays.items():
+        values = vectors[where["dtype"]][where["start"] :][: params[path].size]
+        assert np.array_equal(values.reshape(where["shape"]), params[path])
+
+    like = checkpoint.placed(params | {"classifier/bias": jnp.zeros(5)}, devices.replicated(devices.make_mesh()))
+    with pytest.raises(UserError, match="checkpoints/20 was written by another version of this program"):
+        checkpoints.restore(20, {"params": like})
+
+
 @pytest.mark.parametrize("step", [1, 7, 10])
 def test_a_stopped_and_resumed_run_is_bit_equal(undisturbed, tiny_config, tmp_path, monkeypatch, step):
     """Stopped at the first step, between evaluations, and where one is due."""
@@ -151,14 +166,14 @@ def test_pretrained_weights_and_their_normalisation_are_used(tiny_config, hf_fol
     about = checkpoint.newest(tmp_path / "run" / "checkpoints")[1]
     assert about.normalization.mean == (0.1, 0.2, 0.3) and about.config["model"]["hidden_size"] == 16
     backbone = train.weights.open_checkpoint(str(hf_folder)).load(about.architecture, labels=[])
-    loaded = params_of(tmp_path / "run", 5)
+    loaded = open_run(tmp_path / "run", 5).params
     assert set(loaded) - set(backbone) == {"classifier/kernel", "classifier/bias"}
     assert all(np.array_equal(loaded[path], backbone[path]) for path in backbone)
 
 
 def test_both_steps_normalise_as_the_checkpoint_says(undisturbed):
     """Against the same written out: a head that is not zero, and a mean and std that are not the default."""
-    about, params = checkpoint.newest(undisturbed / "checkpoints")[1], params_of(undisturbed, 20)
+    about, params = checkpoint.newest(undisturbed / "checkpoints")[1], open_run(undisturbed, 20).params
     graphdef, _ = train.model.describe(about.architecture, 4)
     other = Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     draw = np.random.default_rng(0)
@@ -226,7 +241,7 @@ def test_evaluation_counts_as_numpy_does(undisturbed, prepared):
     graphdef, _ = model.describe(about.architecture, 4)
     images = np.stack([split[i]["image"] for i in range(15)])
     logits = np.asarray(
-        model.apply(graphdef, params_of(undisturbed, 20), zscore(to_float(images), about.normalization))
+        model.apply(graphdef, open_run(undisturbed, 20).params, zscore(to_float(images), about.normalization))
     )
     right = logits.argmax(-1) == split.labels
     log_sum = np.log(np.exp(logits).sum(-1))
@@ -242,12 +257,13 @@ def test_training_the_head_alone_leaves_the_rest_untouched(tiny_config, tmp_path
     tiny_config.trainable = "classifier"
     tiny_config.epochs = 1.0
     assert train.train(tiny_config, tmp_path) == FINISHED
-    loaded = checkpoint.Checkpoints(tmp_path / "checkpoints", read_only=True)._orbax.load_checkpointables(5)
+    params = open_run(tmp_path).params
     start = train.model.initial_params(checkpoint.newest(tmp_path / "checkpoints")[1].architecture, 4, seed=0)
-    changed = {path for path in start if not np.array_equal(start[path], loaded["params"][path])}
+    changed = {path for path in start if not np.array_equal(start[path], params[path])}
     assert changed == {"classifier/kernel", "classifier/bias"}
-    moments = {key for key in map(str, jax.tree_util.tree_leaves_with_path(loaded["training"])) if "kernel" in key}
-    assert moments and all("classifier/kernel" in key for key in moments)
+    saved = checkpoint.Checkpoints(tmp_path / "checkpoints", read_only=True)._orbax.checkpointables_metadata(5)
+    moments = {name for name in saved.custom_metadata["arrays"]["training"] if "kernel" in name}
+    assert moments and all("classifier/kernel" in name for name in moments)
 
 
 def test_sgd_linear_decay_bfloat16_and_dropout_run(tiny_config, tmp_path):
@@ -264,7 +280,7 @@ def test_a_layer_alone_is_trained(tiny_config, tmp_path):
     tiny_config.trainable = "encoder/layers/1/|classifier"
     tiny_config.epochs = 1.0
     assert train.train(tiny_config, tmp_path) == FINISHED
-    loaded = params_of(tmp_path, 5)
+    loaded = open_run(tmp_path, 5).params
     start = train.model.initial_params(checkpoint.newest(tmp_path / "checkpoints")[1].architecture, 4, seed=0)
     changed = {path for path in start if not np.array_equal(start[path], loaded[path])}
     assert changed == {path for path in start if path.startswith(("encoder/layers/1/", "classifier/"))}

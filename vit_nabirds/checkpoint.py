@@ -1,13 +1,17 @@
 """Checkpoints of a run: written in the background with Orbax, the newest and the best kept."""
 
+import collections
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
+import math
 from pathlib import Path
 from typing import TextIO
 
 import jax
+import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from vit_nabirds.augment import Normalization
@@ -63,14 +67,18 @@ class Checkpoints:
         """Copy the state and return; it is written in the background and shows when it is complete."""
         training = {name: part for name, part in state.items() if name != "params"}
         parts = {"params": state["params"], "training": training}
+        metadata = about.to_json() | {"arrays": {name: layout(part) for name, part in parts.items()}}
         options = ocp.Context()
-        options.array.saving.use_compression = False  # it halves the time of writing, which steps pay for; 10 % larger
+        options.array.saving.use_compression = False  # it doubles the time of writing, which steps pay for
+        options.array.saving.storage_options.chunk_byte_size = 2**26
         with options:
-            self._orbax.save_checkpointables_async(step, parts, custom_metadata=about.to_json())
+            self._orbax.save_checkpointables_async(step, _vectors(parts), custom_metadata=metadata)
 
     def about(self, step: int) -> About:
         try:
-            return About.from_json(self._orbax.checkpointables_metadata(step).custom_metadata)
+            fields = dict(self._orbax.checkpointables_metadata(step).custom_metadata)
+            fields.pop("arrays", None)  # where its parameters are
+            return About.from_json(fields)
         except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
             raise self._damaged(step) from error
 
@@ -78,10 +86,18 @@ class Checkpoints:
         """The state of a step, or its `params` alone, as the tree `like` of ShapeDtypeStruct with shardings says."""
         training = {name: part for name, part in like.items() if name != "params"}
         parts = {"params": like["params"]} | ({"training": training} if training else {})
+        arrays = self._orbax.checkpointables_metadata(step).custom_metadata.get("arrays", {})
+        if any(arrays.get(name) != layout(part) for name, part in parts.items()):
+            raise UserError(
+                f"{self._orbax.directory / str(step)} was written by another version of this program: go on with that "
+                "version, or use another --workdir."
+            )
+        sharding = jax.tree.leaves(like)[0].sharding
         try:
-            loaded = self._orbax.load_checkpointables(step, parts)
+            vectors = self._orbax.load_checkpointables(step, placed(jax.eval_shape(_vectors, parts), sharding))
         except (ValueError, KeyError, OSError) as error:
             raise self._damaged(step) from error
+        loaded = jax.jit(functools.partial(_trees, parts), donate_argnums=0)(vectors)
         return {"params": loaded["params"], **loaded.get("training", {})}
 
     def _damaged(self, step: int) -> UserError:
@@ -91,6 +107,42 @@ class Checkpoints:
     def close(self) -> None:
         """Wait until what is being written is complete."""
         self._orbax.close()
+
+
+def layout(tree: dict) -> dict[str, dict]:
+    """Where every array of a tree lies in the vector of its dtype: in one or two long vectors a checkpoint costs a
+    third of the processor's time, and holds up the steps a tenth as long, as in hundreds of arrays."""
+    arrays, ends = {}, collections.Counter()
+    for path, array in jax.tree.leaves_with_path(tree):
+        dtype = str(array.dtype)
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        arrays[name] = {"dtype": dtype, "start": ends[dtype], "shape": list(array.shape)}
+        ends[dtype] += array.size
+    return arrays
+
+
+@jax.jit
+def _vectors(parts: dict[str, dict]) -> dict[str, dict[str, jax.Array]]:
+    """{part: {dtype: vector}}, as `layout` says."""
+    vectors = {}
+    for name, part in parts.items():
+        by_dtype = collections.defaultdict(list)
+        for array in jax.tree.leaves(part):
+            by_dtype[str(array.dtype)].append(array.ravel())
+        vectors[name] = {dtype: jnp.concatenate(arrays) for dtype, arrays in by_dtype.items()}
+    return vectors
+
+
+def _trees(like: dict[str, dict], vectors: dict[str, dict[str, jax.Array]]) -> dict[str, dict]:
+    """The inverse of `_vectors`."""
+    trees = {}
+    for name, part in like.items():
+        arrays = []
+        for where in layout(part).values():
+            vector, end = vectors[name][where["dtype"]], where["start"] + math.prod(where["shape"])
+            arrays.append(vector[where["start"] : end].reshape(where["shape"]))
+        trees[name] = jax.tree.unflatten(jax.tree.structure(part), arrays)
+    return trees
 
 
 def newest(folder: Path) -> tuple[int, About] | None:

@@ -171,6 +171,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         if not jax.config.jax_compilation_cache_dir:  # process 0 writes to it, and a damaged file is compiled anew
             jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+            jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # else the folder's path is in each key
         if resumed:
             like = jax.eval_shape(initial_state, {}) | {"params": shapes}
             state = checkpoints.restore(start, checkpoint.placed(like, devices.replicated(mesh)))
