@@ -4,14 +4,13 @@ import collections
 import contextlib
 import dataclasses
 import fcntl
-import functools
 import json
-import math
 from pathlib import Path
 from typing import TextIO
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from vit_nabirds.augment import Normalization
@@ -97,7 +96,7 @@ class Checkpoints:
             vectors = self._orbax.load_checkpointables(step, placed(jax.eval_shape(_vectors, parts), sharding))
         except (ValueError, KeyError, OSError) as error:
             raise self._damaged(step) from error
-        loaded = jax.jit(functools.partial(_trees, parts), donate_argnums=0)(vectors)
+        loaded = _trees(jax.tree.map(np.asarray, vectors), parts)
         return {"params": loaded["params"], **loaded.get("training", {})}
 
     def _damaged(self, step: int) -> UserError:
@@ -133,14 +132,14 @@ def _vectors(parts: dict[str, dict]) -> dict[str, dict[str, jax.Array]]:
     return vectors
 
 
-def _trees(like: dict[str, dict], vectors: dict[str, dict[str, jax.Array]]) -> dict[str, dict]:
-    """The inverse of `_vectors`."""
+def _trees(vectors: dict[str, dict[str, np.ndarray]], like: dict[str, dict]) -> dict[str, dict]:
+    """The inverse of `_vectors`, on the devices; the host cuts them up, for hundreds of slices compile long."""
     trees = {}
     for name, part in like.items():
         arrays = []
-        for where in layout(part).values():
-            vector, end = vectors[name][where["dtype"]], where["start"] + math.prod(where["shape"])
-            arrays.append(vector[where["start"] : end].reshape(where["shape"]))
+        for where, leaf in zip(layout(part).values(), jax.tree.leaves(part), strict=True):
+            values = vectors[name][where["dtype"]][where["start"] :][: leaf.size].reshape(leaf.shape)
+            arrays.append(jax.make_array_from_callback(leaf.shape, leaf.sharding, values.__getitem__))
         trees[name] = jax.tree.unflatten(jax.tree.structure(part), arrays)
     return trees
 

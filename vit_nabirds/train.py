@@ -173,11 +173,13 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
             jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # else the folder's path is in each key
         if resumed:
-            like = jax.eval_shape(initial_state, {}) | {"params": shapes}
+            like = jax.eval_shape(lambda params: state_lib.initial(params, tx, groups, trained), shapes)
+            like["params"] = shapes
             state = checkpoints.restore(start, checkpoint.placed(like, devices.replicated(mesh)))
-            state["params"] = jax.jit(lambda params: state_lib.pack(params, groups), donate_argnums=0)(state["params"])
+            state["params"] = jax.jit(lambda params: state_lib.pack(params, groups))(state["params"])
         else:
-            state = jax.jit(initial_state, donate_argnums=0, out_shardings=devices.replicated(mesh))(loaded)
+            state = jax.jit(initial_state, out_shardings=devices.replicated(mesh))(loaded)
+        del loaded
         monitor = stack.enter_context(contextlib.closing(Monitor(workdir, start, total_steps, processes.is_writer())))
         monitor.text("config", f"```\n{json.dumps(about.config, indent=2)}\n```")
         checkpoints.best_step = checkpoint.best_step(evaluations, checkpoints.steps)
