@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import polars as pl
 import pytest
 from test_data import same, take
 
-from vit_nabirds import data, images, pack, prepare
+from vit_nabirds import data, images, pack, prepare, processes
 from vit_nabirds.errors import UserError
 from vit_nabirds.synthetic import draw_archive
 
@@ -48,7 +49,7 @@ def open_split(root, train=True):
 
 
 def contents(folder):
-    return {file.name: file.read_bytes() for file in (folder / "packed").iterdir()}
+    return {file.name: file.read_bytes() for file in (folder / "packed").iterdir() if file.name != "lock"}
 
 
 def evaluated(root, hosts, workers):
@@ -127,23 +128,50 @@ def test_packing_goes_on_after_the_last_whole_image(prepared, packed, tmp_path, 
     folder, whole = root / "packed", contents(packed)
     folder.mkdir()
     header, image = 128, 20 * 20 * 3
-    (folder / "train.npy.tmp").write_bytes(whole["train.npy"][: header + 25 * image + image // 2])
+    images_of = [whole["train.npy"][at : at + image] for at in range(header, header + 40 * image, image)]
+    checksums = [zlib.crc32(one).to_bytes(4, "little") for one in images_of]
+    part = whole["train.npy"][: header + 25 * image]
     counts = count_reads(monkeypatch)
-    pack.pack(root)
-    assert contents(root) == whole and len(counts) == counts.total() == (40 - 25) + 15
 
-    counts.clear()
-    (folder / "index.parquet").unlink()  # killed before the index was there
-    pack.pack(root)
-    assert contents(root) == whole and not counts
+    def packed_again(train: bytes, told: list[bytes]) -> int:
+        """The images that are read for it."""
+        for file in folder.iterdir():
+            file.unlink()
+        (folder / "train.npy.tmp").write_bytes(train)
+        (folder / "train.npy.crc32").write_bytes(b"".join(told))
+        counts.clear()
+        pack.pack(root)
+        assert contents(root) == whole and set(counts.values()) == {1}
+        return len(counts) - 15  # the test images
 
-    (folder / "index.parquet").unlink()
-    (folder / "test.npy").write_bytes(whole["train.npy"])  # not such a file
-    (folder / "train.npy").rename(folder / "train.npy.tmp")
-    with open(folder / "train.npy.tmp", "ab") as opened:
-        opened.write(b"x")
+    assert packed_again(part + images_of[25][:600], checksums[:25]) == 15
+    assert packed_again(part + images_of[25], checksums[:25] + [b"12"]) == 15
+    assert packed_again(part, checksums[:30]) == 15  # the disk has lost some
+    assert packed_again(whole["train.npy"], checksums) == 0
+    assert packed_again(whole["train.npy"] + b"x", checksums) == 0
+    assert packed_again(part[: -10 * image] + bytes(10 * image), checksums[:25]) == 25
+    assert packed_again(part, []) == 40
+    assert packed_again(whole["test.npy"], checksums) == 40
+
+
+def test_files_without_an_index_are_packed_anew(prepared, packed, tmp_path):
+    """For nothing says that they are what was written."""
+    root = shutil.copytree(prepared, tmp_path / "p")
+    shutil.copytree(packed / "packed", root / "packed")
+    for file in (root / "packed").glob("*.npy"):
+        file.write_bytes(file.read_bytes()[:-100] + bytes(100))
+    (root / "packed" / "index.parquet").unlink()
     pack.pack(root)
-    assert contents(root) == whole and len(counts) == 55
+    assert contents(root) == contents(packed)
+
+
+def test_two_do_not_pack_one_folder_at_a_time(prepared, tmp_path):
+    root = shutil.copytree(prepared, tmp_path / "p")
+    (root / "packed").mkdir()
+    with processes.lock(root / "packed" / "lock", "not this one"):
+        with pytest.raises(UserError, match="another process packs .*/p right now"):
+            pack.pack(root)
+    pack.pack(root)
 
 
 def test_kill_9_and_a_rerun_give_what_an_undisturbed_run_gives(tmp_path):
@@ -158,7 +186,7 @@ def test_kill_9_and_a_rerun_give_what_an_undisturbed_run_gives(tmp_path):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert [file.name for file in (out / "packed").iterdir()] == ["train.npy.tmp"]
+    assert {file.name for file in (out / "packed").iterdir()} == {"lock", "train.npy.tmp", "train.npy.crc32"}
     assert not open_split(out).is_packed
     pack.pack(out)
     killed = contents(out)
@@ -184,7 +212,7 @@ def test_a_full_disk_is_told_before_and_while_packing(prepared, tmp_path, monkey
     monkeypatch.setattr(pack.os, "fsync", full)
     with pytest.raises(UserError, match=r"p/packed: .*No space left on device. Make room and run the command again"):
         pack.pack(root)
-    assert list(contents(root)) == ["train.npy.tmp"]
+    assert contents(root).keys() == {"train.npy.tmp", "train.npy.crc32"}
 
 
 def rewrite_index(change):

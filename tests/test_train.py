@@ -17,7 +17,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vit_nabirds import checkpoint, devices, train
+from vit_nabirds import checkpoint, devices, processes, train
 from vit_nabirds.augment import Normalization, augment
 from vit_nabirds.errors import UserError
 from vit_nabirds.evaluate import evaluate_run, make_eval_step
@@ -445,6 +445,12 @@ def test_damage_in_a_workdir_is_told(undisturbed, tiny_config, tmp_path):
     with pytest.raises(UserError, match="checkpoints/20 is damaged: delete that folder"):
         train.train(tiny_config, run)
     shutil.rmtree(run / "checkpoints" / "20")
+    file = max((run / "checkpoints" / "15" / "params").rglob("d/*"), key=lambda file: file.stat().st_size)
+    whole = file.read_bytes()
+    file.write_bytes(bytes(byte ^ (5000 < place < 5004) for place, byte in enumerate(whole)))
+    with pytest.raises(UserError, match="checkpoints/15 is damaged: delete that folder"):
+        train.train(tiny_config, run)
+    file.write_bytes(whole)
     assert train.train(tiny_config, run) == FINISHED and losses(run) == losses(undisturbed)
     (run / "checkpoints" / "20" / "_CHECKPOINT_METADATA").write_text("{}")
     with pytest.raises(UserError, match="checkpoints/20 is damaged"):
@@ -466,6 +472,6 @@ def test_damage_in_a_workdir_is_told(undisturbed, tiny_config, tmp_path):
 
 def test_a_workdir_in_which_another_process_trains_is_refused(undisturbed, tiny_config, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "run")
-    with checkpoint.lock(tmp_path / "run"):
+    with processes.lock(tmp_path / "run" / "lock", "not this one"):
         with pytest.raises(UserError, match="another process trains in .*/run right now"):
             train.train(tiny_config, tmp_path / "run")

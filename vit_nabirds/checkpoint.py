@@ -3,10 +3,8 @@
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import json
 from pathlib import Path
-from typing import TextIO
 
 import jax
 import jax.numpy as jnp
@@ -66,18 +64,20 @@ class Checkpoints:
         """Copy the state and return; it is written in the background and shows when it is complete."""
         training = {name: part for name, part in state.items() if name != "params"}
         parts = {"params": state["params"], "training": training}
-        metadata = about.to_json() | {"arrays": {name: layout(part) for name, part in parts.items()}}
+        vectors = _vectors(parts)
+        arrays = {name: layout(part) for name, part in parts.items()}
+        metadata = about.to_json() | {"arrays": arrays, "checksums": checksums(vectors)}
         options = ocp.Context()
         options.array.saving.use_compression = False  # it doubles the time of writing, which steps pay for
         options.array.saving.storage_options.chunk_byte_size = 2**26
+        options.array.saving.array_metadata_store = None
         with options:
-            self._orbax.save_checkpointables_async(step, _vectors(parts), custom_metadata=metadata)
+            self._orbax.save_checkpointables_async(step, vectors, custom_metadata=metadata)
 
     def about(self, step: int) -> About:
         try:
             fields = dict(self._orbax.checkpointables_metadata(step).custom_metadata)
-            fields.pop("arrays", None)  # where its parameters are
-            return About.from_json(fields)
+            return About.from_json({name: fields[name] for name in fields.keys() - {"arrays", "checksums"}})
         except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
             raise self._damaged(step) from error
 
@@ -85,8 +85,8 @@ class Checkpoints:
         """The state of a step, or its `params` alone, as the tree `like` of ShapeDtypeStruct with shardings says."""
         training = {name: part for name, part in like.items() if name != "params"}
         parts = {"params": like["params"]} | ({"training": training} if training else {})
-        arrays = self._orbax.checkpointables_metadata(step).custom_metadata.get("arrays", {})
-        if any(arrays.get(name) != layout(part) for name, part in parts.items()):
+        metadata = self._orbax.checkpointables_metadata(step).custom_metadata
+        if any(metadata.get("arrays", {}).get(name) != layout(part) for name, part in parts.items()):
             raise UserError(
                 f"{self._orbax.directory / str(step)} was written by another version of this program: go on with that "
                 "version, or use another --workdir."
@@ -96,6 +96,8 @@ class Checkpoints:
             vectors = self._orbax.load_checkpointables(step, placed(jax.eval_shape(_vectors, parts), sharding))
         except (ValueError, KeyError, OSError) as error:
             raise self._damaged(step) from error
+        if any(metadata["checksums"][name] != sums for name, sums in checksums(vectors).items()):
+            raise self._damaged(step)
         loaded = _trees(jax.tree.map(np.asarray, vectors), parts)
         return {"params": loaded["params"], **loaded.get("training", {})}
 
@@ -132,6 +134,21 @@ def _vectors(parts: dict[str, dict]) -> dict[str, dict[str, jax.Array]]:
     return vectors
 
 
+@jax.jit
+def _sums(vectors: dict[str, dict[str, jax.Array]]) -> dict[str, dict[str, jax.Array]]:
+    def sums(vector: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(vector, jnp.dtype(f"uint{8 * vector.dtype.itemsize}")).astype(jnp.uint32)
+        odd = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1
+        return jnp.stack([jnp.sum(bits, dtype=jnp.uint32), jnp.sum(bits * odd, dtype=jnp.uint32)])
+
+    return jax.tree.map(sums, vectors)
+
+
+def checksums(vectors: dict[str, dict[str, jax.Array]]) -> dict[str, dict[str, list[int]]]:
+    """{part: {dtype: two sums of the bits}}: a file system may give back what was not written."""
+    return jax.tree.map(lambda sums: np.asarray(sums).tolist(), _sums(vectors))
+
+
 def _trees(vectors: dict[str, dict[str, np.ndarray]], like: dict[str, dict]) -> dict[str, dict]:
     """The inverse of `_vectors`, on the devices; the host cuts them up, for hundreds of slices compile long."""
     trees = {}
@@ -150,20 +167,6 @@ def newest(folder: Path) -> tuple[int, About] | None:
         return None
     with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
         return (checkpoints.steps[-1], checkpoints.about(checkpoints.steps[-1])) if checkpoints.steps else None
-
-
-def lock(workdir: Path) -> TextIO:
-    """An open file that keeps other processes from training in `workdir`, where its file system has locks."""
-    file = (workdir / "lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(
-            f"another process trains in {workdir} right now: wait for its end, or use another --workdir."
-        ) from None
-    except OSError:  # without locks
-        pass
-    return file
 
 
 def placed(tree: dict, sharding: jax.sharding.Sharding) -> dict:

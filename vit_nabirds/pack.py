@@ -4,6 +4,7 @@ import concurrent.futures
 import io
 import os
 import shutil
+import struct
 import time
 import zlib
 from collections.abc import Iterator
@@ -14,11 +15,11 @@ import numpy as np
 import polars as pl
 from tqdm import tqdm
 
-from vit_nabirds import data, images
+from vit_nabirds import data, images, processes
 from vit_nabirds.cpus import cpu_share
 from vit_nabirds.errors import UserError
 
-_TEMPORARY = ".tmp"
+_TEMPORARY, _CHECKSUMS = ".tmp", ".crc32"
 
 
 def pack(out: str | Path) -> None:
@@ -26,11 +27,12 @@ def pack(out: str | Path) -> None:
     out, started = Path(out), time.perf_counter()
     folder, table = out / "packed", data.read_table(out)
     try:
-        complete = _is_complete(out, table)
-        splits = {train: data.open_split(out, table, train) for train in (True, False)}
-        if not complete:
-            folder.mkdir(exist_ok=True)
-            _write_all(folder, table, splits)
+        folder.mkdir(exist_ok=True)
+        with processes.lock(folder / "lock", f"another process packs {out} right now: wait for its end."):
+            complete = _is_complete(out, table)
+            splits = {train: data.open_split(out, table, train) for train in (True, False)}
+            if not complete:
+                _write_all(folder, table, splits)
     except OSError as error:
         raise UserError(f"{folder}: {error}. Make room and run the command again; it goes on from there.") from error
     size = sum((folder / name).stat().st_size for name in images.PACK_FILES.values())
@@ -41,8 +43,8 @@ def pack(out: str | Path) -> None:
 def discard(out: Path) -> None:
     """Removes what was packed; the index last, or a kill on the way would leave what seems to be begun and good."""
     for name in (*images.PACK_FILES.values(), images.PACK_INDEX):
-        (out / "packed" / (name + _TEMPORARY)).unlink(missing_ok=True)
-        (out / "packed" / name).unlink(missing_ok=True)
+        for ending in (_TEMPORARY, _CHECKSUMS, ""):
+            (out / "packed" / (name + ending)).unlink(missing_ok=True)
 
 
 def _is_complete(out: Path, table: pl.DataFrame) -> bool:
@@ -67,6 +69,8 @@ def _write_all(folder: Path, table: pl.DataFrame, splits: dict[bool, data.Photog
         index.write_parquet(opened)
         _flush(opened)
     os.replace(temporary, folder / images.PACK_INDEX)
+    for name in images.PACK_FILES.values():
+        (folder / (name + _CHECKSUMS)).unlink()
 
 
 def _check_space(folder: Path, splits: dict[bool, data.Photographs]) -> None:
@@ -82,26 +86,37 @@ def _check_space(folder: Path, splits: dict[bool, data.Photographs]) -> None:
 def _write_split(split: data.Photographs, file: Path) -> list[int]:
     """Writes or completes the file; the crc32 of each image."""
     header, image_bytes = _header(split), _image_bytes(split)
-    total = len(header) + len(split) * image_bytes
-    temporary = file.with_name(file.name + _TEMPORARY)
+    temporary, checksums = (file.with_name(file.name + ending) for ending in (_TEMPORARY, _CHECKSUMS))
     if file.exists():  # of a run that was killed before its end: to be looked through, as a part of one is
         os.replace(file, temporary)
-    with open(temporary, "a+b") as opened:
-        opened.seek(0)
-        if opened.read(len(header)) != header or temporary.stat().st_size > total:
-            opened.truncate(0)
-            opened.write(header)
-        there = (opened.seek(0, 2) - len(header)) // image_bytes
-        opened.truncate(len(header) + there * image_bytes)
-        opened.seek(len(header))
-        crc32 = [zlib.crc32(opened.read(image_bytes)) for _ in range(there)]
-        with tqdm(total=len(split), initial=there, desc=file.name, unit=" images", disable=None) as progress:
-            for image in _decoded(split, there):
-                opened.write(image)
+    with open(temporary, "a+b") as opened, open(checksums, "a+b", buffering=0) as beside:
+        crc32 = _intact(opened, beside, header, image_bytes, len(split))
+        opened.truncate(len(header) + len(crc32) * image_bytes)
+        beside.truncate(4 * len(crc32))
+        with tqdm(total=len(split), initial=len(crc32), desc=file.name, unit=" images", disable=None) as progress:
+            for image in _decoded(split, len(crc32)):
                 crc32.append(zlib.crc32(image))
+                opened.write(image)
+                beside.write(struct.pack("<I", crc32[-1]))
                 progress.update()
         _flush(opened)
     os.replace(temporary, file)
+    return crc32
+
+
+def _intact(opened: IO[bytes], beside: IO[bytes], header: bytes, image_bytes: int, most: int) -> list[int]:
+    """The crc32 of what a killed run wrote, up to the first image that is not what it said it had written."""
+    opened.seek(0)
+    if opened.read(len(header)) != header:
+        opened.truncate(0)
+        opened.write(header)
+        return []
+    beside.seek(0)
+    crc32, told = [], beside.read()
+    for (expected,) in struct.iter_unpack("<I", told[: min(len(told) // 4, most) * 4]):
+        if zlib.crc32(opened.read(image_bytes)) != expected:
+            break
+        crc32.append(expected)
     return crc32
 
 

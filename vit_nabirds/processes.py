@@ -1,6 +1,7 @@
 """The processes of a job: how they wait for each other, and agree."""
 
 import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -8,6 +9,7 @@ import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from jax._src import distributed  # for its key-value store, which has no public name
 
@@ -78,3 +80,15 @@ def check_shared(file: Path) -> None:
             return
         time.sleep(0.1)
     raise UserError(f"{file.parent} is not the same folder on all nodes: give a --workdir on storage that they share.")
+
+
+def lock(file: Path, otherwise: str) -> TextIO:
+    """An open file that keeps other processes out, where its file system has locks; else UserError(otherwise)."""
+    opened = file.open("a")
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(otherwise) from None
+    except OSError:  # without locks
+        pass
+    return opened

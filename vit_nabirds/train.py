@@ -164,7 +164,12 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         # State: all is known to be right, and from here on the run writes
         workdir.mkdir(parents=True, exist_ok=True)
         if processes.is_writer():
-            stack.enter_context(checkpoint.lock(workdir))
+            stack.enter_context(
+                processes.lock(
+                    workdir / "lock",
+                    f"another process trains in {workdir} right now: wait for its end, or use another --workdir.",
+                )
+            )
             checkpoint.write_json(workdir / "config.json", about.config)
         processes.check_shared(workdir / "config.json")
         checkpoints = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(workdir / "checkpoints")))
