@@ -40,13 +40,14 @@ def meet(coordinator: str, num_processes: int, process_id: int, timeout: float) 
     else:
         others = _report_to_first(process_id, host, int(port), timeout)
     _number, _count = process_id, num_processes
-    for number, (connection, node) in others.items():
+    for number, (connection, _) in others.items():
         connection.settimeout(None)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 6}.items():  # a node without power
             if hasattr(socket, name):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         _connections[number] = connection
+    for number, (connection, node) in others.items():  # once all can be told of what the first one heard says
         threading.Thread(target=_listen, args=[number, connection, node], daemon=True).start()
 
 
