@@ -30,7 +30,7 @@ from types import ModuleType
 from absl import app, flags
 from absl import logging as absl_logging
 
-from vit_nabirds.cpus import with_kept_memory
+from vit_nabirds.cpus import with_large_pages
 from vit_nabirds.errors import UserError, message_of
 
 FLAGS = flags.FLAGS
@@ -220,7 +220,7 @@ def stop_early(*_) -> None:
 
 
 if __name__ == "__main__":
-    with_kept_memory()
+    with_large_pages()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop_early)
     named = len(sys.argv) > 1 and not sys.argv[1].startswith("-")

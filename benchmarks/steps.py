@@ -1,6 +1,7 @@
 """One step of fine-tuning a ViT in float32 with AdamW, ours and those of the peers; libraries are imported by need."""
 
 import resource
+import sys
 import time
 from collections.abc import Callable
 
@@ -8,8 +9,32 @@ SPEED = ["ours", "ours on 2 devices", "seed: nnx.jit", "Hugging Face Flax", "tor
 HOST = ["ours", "seed: nnx.jit"]
 
 
-def _measured(step: Callable[[], object], wait: Callable[[object], None], batch_size: int, count: int) -> Callable:
-    """`step` starts one and returns what `wait` waits for. The first call is not counted in a round."""
+# TFLOP/s of dense products of float32 rounded to TF32, JAX's default on these GPUs (NVIDIA's data sheets).
+PEAK = {"A100": 156, "H100": 495, "H200": 495, "L40S": 183}
+
+
+def _flops(shape: dict) -> int:
+    """Of the model's products for one image, forwards and backwards."""
+    width, patches = shape["hidden_size"], (shape["img_size"] // shape["patch_size"]) ** 2
+    layer = 2 * (patches + 1) * width * (4 * width + 2 * shape["mlp_dim"] + 2 * (patches + 1))
+    return 3 * (shape["num_layers"] * layer + 2 * patches * 3 * shape["patch_size"] ** 2 * width)
+
+
+def _of_gpu(shape: dict, images_per_second: float) -> dict:
+    """Peak memory of a GPU that JAX uses, and the part of its peak that the model's products reach."""
+    jax = sys.modules.get("jax")
+    if jax is None or jax.default_backend() != "gpu":
+        return {}
+    device = jax.devices()[0]
+    peak = next((peak for name, peak in PEAK.items() if name in device.device_kind), float("nan"))
+    mfu = images_per_second * _flops(shape) / (1e12 * peak * jax.device_count())
+    return {"peak GB": device.memory_stats()["peak_bytes_in_use"] / 1e9, "MFU": mfu}
+
+
+def _measured(
+    step: Callable[[], object], wait: Callable[[object], None], shape: dict, batch_size: int, count: int
+) -> Callable:
+    """`step` starts one and returns what `wait` waits for. The first, which compiles, is not counted in a round."""
     start = time.perf_counter()
     wait(step())
     first = time.perf_counter() - start
@@ -25,9 +50,9 @@ def _measured(step: Callable[[], object], wait: Callable[[object], None], batch_
         return {
             "images/s": count * batch_size / seconds,
             "host ms/step": 1e3 * sorted(host)[len(host) // 2],
-            "first step s": first,
+            "compilation and first step s": first,
             "peak GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
-        }
+        } | _of_gpu(shape, count * batch_size / seconds)
 
     return measure
 
@@ -59,14 +84,15 @@ def _ours(devices: int, shape: dict, batch_size: int, count: int) -> Callable:
     step = train.make_train_step(
         graphdef, tx, lambda _: 1e-4, groups, list(groups), Normalization(), shape["img_size"], 0
     )
-    compiled = step.lower(held, batch).compile()
+    compiled = None
 
-    def one() -> dict:
-        nonlocal held
+    def one() -> tuple:
+        nonlocal held, compiled
+        compiled = compiled or step.lower(held, batch).compile()  # as in training
         held, metrics = compiled(held, batch)
         return held, metrics
 
-    return _measured(one, jax.block_until_ready, batch_size, count)
+    return _measured(one, jax.block_until_ready, shape, batch_size, count)
 
 
 def ours(**arguments) -> Callable:
@@ -146,7 +172,7 @@ def _seed(dropout: float, shape: dict, batch_size: int, count: int) -> Callable:
         train_step(vit, optimizer, metrics, batch)
         return nnx.state(vit)
 
-    return _measured(one, jax.block_until_ready, batch_size, count)
+    return _measured(one, jax.block_until_ready, shape, batch_size, count)
 
 
 def hugging_face_flax(shape: dict, batch_size: int, count: int) -> Callable:
@@ -183,7 +209,7 @@ def hugging_face_flax(shape: dict, batch_size: int, count: int) -> Callable:
         *held, loss = jitted(*held)
         return held, loss
 
-    return _measured(one, jax.block_until_ready, batch_size, count)
+    return _measured(one, jax.block_until_ready, shape, batch_size, count)
 
 
 def torch_with_timm(shape: dict, batch_size: int, count: int) -> Callable:
@@ -206,7 +232,7 @@ def torch_with_timm(shape: dict, batch_size: int, count: int) -> Callable:
         optimizer.step()
         return loss
 
-    return _measured(one, lambda loss: loss.item(), batch_size, count)
+    return _measured(one, lambda loss: loss.item(), shape, batch_size, count)
 
 
 CONTENDERS = dict(

@@ -224,7 +224,7 @@ def test_a_full_disk_is_one_message():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="malloc of glibc")
 @pytest.mark.parametrize("given, expected", [({}, "glibc.malloc.hugetlb=1"), ({"GLIBC_TUNABLES": ""}, "''")])
-def test_it_starts_itself_again_to_keep_memory_unless_told_otherwise(main, tmp_path, given, expected):
+def test_it_starts_itself_again_for_large_pages_unless_told_otherwise(main, tmp_path, given, expected):
     config = tmp_path / "config.py"
     config.write_text("import os\n\n\ndef get_config():\n    raise ValueError(repr(os.environ['GLIBC_TUNABLES']))\n")
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"} | given

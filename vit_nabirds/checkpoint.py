@@ -112,7 +112,7 @@ class Checkpoints:
 
 def layout(tree: dict) -> dict[str, dict]:
     """Where every array of a tree lies in the vector of its dtype: in one or two long vectors a checkpoint costs a
-    third of the processor's time, and holds up the steps a tenth as long, as in hundreds of arrays."""
+    third of the processor's time that it does in hundreds of arrays."""
     arrays, ends = {}, collections.Counter()
     for path, array in jax.tree.leaves_with_path(tree):
         dtype = str(array.dtype)
