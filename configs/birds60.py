@@ -6,7 +6,7 @@ Weights: a `ViTForImageClassification` folder (hidden 384, 12 layers, 6 heads, p
 The whole network on the first ten species (300 train and 261 test photographs):
     python main.py --config=configs/birds60.py --workdir=runs/birds10 \\
         --config.data.root=data/birds10 --config.model.pretrained=vit-small-patch14-224
-    96.2 % (251 of 261) after 6 epochs; after each: 68.2, 93.1, 96.2, 91.6, 95.4, 96.2 %
+    97.7 % (255 of 261) after 6 epochs; after each: 90.4, 96.2, 91.2, 96.2, 98.1, 97.7 %
 
 The head alone on all sixty, and on the first ten:
     python main.py --config=configs/birds60.py --workdir=runs/birds60-head --config.trainable=classifier \\
@@ -19,7 +19,7 @@ The head alone on all sixty, and on the first ten:
         --config.optimizer.learning_rate=0.01 --config.optimizer.head_multiplier=1 --config.epochs=10 \\
         --config.evaluate.every="10 epochs" --config.data.root=data/birds10 \\
         --config.model.pretrained=vit-small-patch14-224
-    95.0 % (248 of 261) after 10 epochs
+    94.6 % (247 of 261) after 10 epochs
 
 All on two CPU cores, one seed; a logistic regression on the frozen CLS features scores 85.2 % and 94.6 %.
 """
