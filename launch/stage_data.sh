@@ -6,18 +6,25 @@ set -euo pipefail
 archive=$1
 disk=${SLURM_TMPDIR:-${TMPDIR:-/tmp}/vit-nabirds-$UID}
 name=$(basename "$archive" .tar)
-index=$archive/packed/index.parquet # the last file of a pack to be written
-what=$archive how="unpacked in"
-[ ! -f "$index" ] || { what=$index how="copied to"; }
-this=$(stat --dereference --format='%n, %s bytes of %y' "$(realpath "$what")")
+about=("$archive"/{metadata.parquet,prepared.json,packed/index.parquet}) # small; of a pack, the index is written last
+if [ -f "${about[2]}" ]; then
+    files=("${about[@]}") how="copied to"
+elif [ -f "$archive" ]; then
+    files=("$archive") how="unpacked in"
+else
+    echo "error: $archive is no .tar file and no folder that is packed (main.py prepare --pack)" >&2
+    exit 1
+fi
+mapfile -t files < <(realpath "${files[@]}")
+this=$(stat --dereference --format='%n, %s bytes of %y' "${files[@]}")
 mkdir -p "$disk"
 exec 9> "$disk/.$name.lock"
 flock 9
 if [ ! -e "$disk/.$name.staged" ]; then
-    if [ "$what" = "$index" ]; then
+    if [ "$how" = "copied to" ]; then
         mkdir -p "$disk/$name/packed"
-        cp "$archive/metadata.parquet" "$disk/$name"
-        cp "$archive/packed/train.npy" "$archive/packed/test.npy" "$index" "$disk/$name/packed"
+        cp "${about[@]:0:2}" "$disk/$name"
+        cp "$archive"/packed/{train.npy,test.npy,index.parquet} "$disk/$name/packed"
     else
         tar -xf "$archive" -C "$disk"
         [ -d "$disk/$name" ] || { echo "error: $archive holds no folder $name: tar -cf $name.tar -C FOLDER_ABOVE $name" >&2; exit 1; }

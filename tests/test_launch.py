@@ -88,7 +88,9 @@ def test_a_packed_folder_is_staged_without_its_images(prepared, tmp_path):
     options, stage = ["launch/train.sbatch", "--dry-run", *TRAINING], ["launch/stage_data.sh", f"{folder}/"]
     refused = launch(*options, STAGE=str(folder))
     assert refused.returncode == 2 and "no folder that is packed (main.py prepare --pack)" in refused.stderr
-    assert launch(*stage, SLURM_TMPDIR=str(disk)).returncode != 0 and not (disk / ".my birds.staged").exists()
+    refused = launch(*stage, SLURM_TMPDIR=str(disk))
+    assert refused.returncode == 1 and "no folder that is packed (main.py prepare --pack)" in refused.stderr
+    assert not disk.exists()
 
     pack(folder)
     shown = launch(*options, STAGE=str(folder), SLURM_TMPDIR="/disk").stdout
@@ -98,10 +100,10 @@ def test_a_packed_folder_is_staged_without_its_images(prepared, tmp_path):
     assert done[0].stdout.strip().endswith(f"is copied to {disk / 'my birds'}")
     copied = sorted(file.relative_to(disk / "my birds") for file in (disk / "my birds").rglob("*.*"))
     assert [str(file) for file in copied] == [
-        "metadata.parquet", "packed/index.parquet", "packed/test.npy", "packed/train.npy"
+        "metadata.parquet", "packed/index.parquet", "packed/test.npy", "packed/train.npy", "prepared.json"
     ]  # fmt: skip
     assert all((disk / "my birds" / file).read_bytes() == (folder / file).read_bytes() for file in copied)
-    os.utime(folder / "packed" / "index.parquet", (0, 0))
+    os.utime(folder / "metadata.parquet", (0, 0))  # a label was corrected
     stale = launch(*stage, SLURM_TMPDIR=str(disk))
     assert stale.returncode == 1 and f"{disk / 'my birds'} is of another archive" in stale.stderr
 

@@ -88,12 +88,12 @@ def test_prepare_packs_once_and_never_leaves_a_stale_pack(archive, tmp_path, cap
     assert not (out / "packed").exists()
     prepare.prepare(archive, out, pack=True, **SIZES)
     told = capsys.readouterr().out
-    assert "0 written, 18 already there" in told and "packed: 12 train and 6 test images, 0.00 GB, written" in told
+    assert "0 written, 18 already there" in told and "packed: 12 train and 6 test images, 0.0 MB, written" in told
     before, ages = contents(out), {file: file.stat().st_mtime_ns for file in (out / "packed").iterdir()}
     for again in (True, False):
         prepare.prepare(archive, out, pack=again, **SIZES)
         assert contents(out) == before and {file: file.stat().st_mtime_ns for file in ages} == ages
-    assert "GB, already there" in capsys.readouterr().out
+    assert "MB, already there" in capsys.readouterr().out
 
     table = data.read_table(out)
     path = table["path"][0]
@@ -201,7 +201,7 @@ def test_a_full_disk_is_told_before_and_while_packing(prepared, tmp_path, monkey
     monkeypatch.setattr(
         pack.shutil, "disk_usage", lambda _: usage(10**6, 10**6, 40 * 20 * 20 * 3 + 15 * 16 * 16 * 3 - 1)
     )
-    with pytest.raises(UserError, match=r"p/packed: the packed images need 0.00 GB more, and 0.00 GB are free"):
+    with pytest.raises(UserError, match=r"p/packed: the packed images need 0.1 MB more, and 0.1 MB are free"):
         pack.pack(root)
     assert not contents(root)
     monkeypatch.undo()
@@ -238,6 +238,7 @@ DAMAGES = {
     "other order": (rewrite_index(lambda table: table.reverse()), r"index.parquet is not of the training images"),
     "file missing": (lambda folder: (folder / "train.npy").unlink(), r"train.npy cannot be read .*No such file"),
     "no .npy": (rewrite("train.npy", lambda data: b"hello" + data), r"train.npy cannot be read "),
+    "header": (rewrite("train.npy", lambda data: data.replace(b")", b"(", 1)), r"train.npy cannot be read "),
     "empty": (rewrite("train.npy", lambda _: b""), r"train.npy cannot be read "),
     "type": (save(np.zeros((40, 20, 20, 3), np.int8)), r"train.npy cannot be read \(int8 "),
     "not images": (save(np.zeros((40, 20, 10, 3), np.uint8)), r"train.npy cannot be read \(uint8 \(40, 20, 10, 3\)"),
@@ -265,8 +266,18 @@ def test_the_metadata_may_not_change_under_a_pack(copied):
         open_split(copied)
 
 
+def test_images_that_were_made_otherwise_are_refused(copied, prepared):
+    other = (copied / "prepared.json").read_text().replace("0.2", "0.1")
+    (copied / "prepared.json").write_text(other)
+    with pytest.raises(UserError, match="index.parquet is of images that were made otherwise than prepared.json says"):
+        open_split(copied)
+    shutil.copytree(prepared / "cleaned_images", copied / "cleaned_images")
+    pack.pack(copied)
+    assert open_split(copied).is_packed
+
+
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_flipped_bit_is_an_error_that_names_the_image(copied, workers):
+def test_a_flipped_bit_is_an_error_that_names_the_image(copied, packed, prepared, workers):
     file = copied / "packed" / "train.npy"
     content = bytearray(file.read_bytes())
     content[128 + 7 * 1200 + 600] ^= 1
@@ -274,6 +285,9 @@ def test_a_flipped_bit_is_an_error_that_names_the_image(copied, workers):
     split = open_split(copied)
     with pytest.raises(UserError, match=rf"train.npy is damaged: the image of {split.paths[7]} .*delete .*/packed and"):
         take(split, 5, workers=workers)
+    shutil.copytree(prepared / "cleaned_images", copied / "cleaned_images")
+    pack.pack(copied)
+    assert contents(copied) == contents(packed)
 
 
 def test_each_image_is_checked_once_in_a_process(copied, monkeypatch):

@@ -33,7 +33,7 @@ def read_table(root: Path) -> pl.DataFrame:
         )
     try:
         table = pl.read_parquet(file)
-    except pl.exceptions.PolarsError as error:
+    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise UserError(f"{file} is not a readable Parquet file ({error}): prepare the folder again.") from None
     if missing := [name for name in COLUMNS if name not in table.columns]:
         raise UserError(

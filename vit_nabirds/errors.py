@@ -18,9 +18,9 @@ class UserError(Exception):
 
 def message_of(error: BaseException) -> str | None:
     """What to tell the user of an error, in a line; None: it is a fault of the program, and its traceback is needed."""
+    if isinstance(error, UserError):
+        return str(error)
     full = [text for text in ("No space left on device", "Disk quota exceeded", "File too large") if text in str(error)]
     if full:  # whichever of the libraries that write says so
         return f"{full[0]}: make room, and run the same command again to go on from the last checkpoint. ({error})"
-    if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in _OF_DISKS):
-        return str(error)
-    return None
+    return str(error) if isinstance(error, OSError) and error.errno in _OF_DISKS else None

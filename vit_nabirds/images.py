@@ -17,6 +17,7 @@ from vit_nabirds.errors import UserError
 
 # In the folder packed/: where the index lies, the pack is complete.
 PACK_INDEX, PACK_FILES = "index.parquet", {True: "train.npy", False: "test.npy"}
+PREPARED = "prepared.json"  # of a prepared folder: how its images were made; a copy of its text is in the index
 PACK_COLUMNS = {"path": pl.String, "is_training_img": pl.Boolean, "crc32": pl.UInt32}
 
 
@@ -63,7 +64,7 @@ class PackedImages:
             self.opened = open(file, "rb", buffering=0)
             shape, self.offset = read_npy_header(self.opened)
             length = os.fstat(self.opened.fileno()).st_size
-        except (OSError, ValueError) as error:
+        except Exception as error:  # NumPy evaluates the header, and a damaged one raises anything
             raise pack_error(file, f"cannot be read ({error})") from None
         self.size = shape[1]
         self.image_bytes = 3 * self.size**2
@@ -116,16 +117,23 @@ def _open_files(folder: Path, paths: list[str]) -> ImageFiles:
 def _open_pack(folder: Path, paths: list[str], train: bool) -> PackedImages:
     """The images, when the pack holds those of `paths` in that order."""
     file = folder / PACK_INDEX
-    try:
-        index = pl.read_parquet(file)
-    except (OSError, pl.exceptions.PolarsError) as error:
+    try:  # damaged bytes make polars panic, too
+        index, about = pl.read_parquet(file), pl.read_parquet_metadata(file)
+    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise pack_error(file, f"is not a readable Parquet file ({error})") from None
     if index.schema != PACK_COLUMNS:
         raise pack_error(file, f"has the columns {dict(index.schema)}, not {', '.join(PACK_COLUMNS)}")
     index = index.filter(pl.col("is_training_img") == train)
     if index["path"].to_list() != paths:
         raise pack_error(file, f"is not of the {'training' if train else 'test'} images in metadata.parquet")
+    if about.get(PREPARED) != read_prepared(folder.parent):
+        raise pack_error(file, f"is of images that were made otherwise than {PREPARED} says")
     return PackedImages(folder / PACK_FILES[train], paths, index["crc32"].to_numpy())
+
+
+def read_prepared(root: Path) -> str:
+    """The text of prepared.json, empty where there is none: in the folder of another program."""
+    return (root / PREPARED).read_text() if (root / PREPARED).exists() else ""
 
 
 def read_npy_header(opened: IO[bytes]) -> tuple[tuple[int, int, int, int], int]:

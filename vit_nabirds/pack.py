@@ -37,7 +37,7 @@ def pack(out: str | Path) -> None:
         raise UserError(f"{folder}: {error}. Make room and run the command again; it goes on from there.") from error
     size = sum((folder / name).stat().st_size for name in images.PACK_FILES.values())
     how = "already there" if complete else f"written in {time.perf_counter() - started:.1f} s"
-    print(f"packed: {len(splits[True]):,} train and {len(splits[False]):,} test images, {size / 1e9:.2f} GB, {how}")
+    print(f"packed: {len(splits[True]):,} train and {len(splits[False]):,} test images, {size / 1e6:,.1f} MB, {how}")
 
 
 def discard(out: Path) -> None:
@@ -48,11 +48,15 @@ def discard(out: Path) -> None:
 
 
 def _is_complete(out: Path, table: pl.DataFrame) -> bool:
-    """Whether there is a pack that can be used; one that cannot is discarded."""
+    """Whether there is a pack, and each image in it is what was written; one that is not is discarded."""
     if not (out / "packed" / images.PACK_INDEX).exists():
         return False
     try:
-        return all(data.open_split(out, table, train) for train in (True, False))
+        for train in (True, False):
+            split = data.open_split(out, table, train)
+            for index in tqdm(range(len(split)), desc=f"checking {images.PACK_FILES[train]}", disable=None):
+                split[index]
+        return True
     except UserError:
         discard(out)
         return False
@@ -66,7 +70,7 @@ def _write_all(folder: Path, table: pl.DataFrame, splits: dict[bool, data.Photog
     index = table.select("path", "is_training_img").with_columns(crc32=crc32)
     temporary = folder / (images.PACK_INDEX + _TEMPORARY)
     with open(temporary, "wb") as opened:
-        index.write_parquet(opened)
+        index.write_parquet(opened, metadata={images.PREPARED: images.read_prepared(folder.parent)})
         _flush(opened)
     os.replace(temporary, folder / images.PACK_INDEX)
     for name in images.PACK_FILES.values():
@@ -78,7 +82,7 @@ def _check_space(folder: Path, splits: dict[bool, data.Photographs]) -> None:
     needed -= sum(file.stat().st_size for file in folder.glob("*.npy*"))
     if needed > (free := shutil.disk_usage(folder).free):
         raise UserError(
-            f"{folder}: the packed images need {needed / 1e9:.2f} GB more, and {free / 1e9:.2f} GB are free. Make "
+            f"{folder}: the packed images need {needed / 1e6:,.1f} MB more, and {free / 1e6:,.1f} MB are free. Make "
             "room, or leave out --pack."
         )
 

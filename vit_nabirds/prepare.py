@@ -24,6 +24,7 @@ from tqdm import tqdm
 from vit_nabirds.archive import read_archive_with_notes
 from vit_nabirds.cpus import cpu_share
 from vit_nabirds.errors import UserError
+from vit_nabirds.images import PREPARED
 from vit_nabirds.pack import discard as discard_pack
 from vit_nabirds.pack import pack as pack_images
 
@@ -113,7 +114,7 @@ def _prepare_images(
     if todo:
         discard_pack(out)
         (out / "metadata.parquet").unlink(missing_ok=True)
-    _write(out / "prepared.json", (json.dumps(settings, indent=2) + "\n").encode())
+    _write(out / PREPARED, (json.dumps(settings, indent=2) + "\n").encode())
     for folder in {posixpath.dirname(path) for path in paths}:
         (cleaned / folder).mkdir(parents=True, exist_ok=True)
     for path in present:
@@ -140,7 +141,7 @@ def _prepare_images(
 
 def _check_settings(out: Path, settings: dict) -> None:
     """UserError if `out` holds images that were made with other settings: they would be mixed."""
-    file = out / "prepared.json"
+    file = out / PREPARED
     if not file.exists():
         if (out / "cleaned_images").exists():
             raise UserError(f"{out}: holds images, but no {file.name} says how made. Choose another --out.")
