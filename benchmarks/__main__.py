@@ -1,19 +1,17 @@
-"""Every benchmark, ours and the peers' side by side in one run:  python -m benchmarks [--json=FILE] [PART ...]
-
-Parts: input, host, step, loop, scaling; all by default. --quick: tiny models, to see that all of it works.
---data: a prepared and packed folder; without it, birds are drawn. --torch: the Python of an environment with torch.
-"""
+"""Every benchmark, ours and the peers' side by side in one run:  python -m benchmarks [--json=FILE] [PART ...]"""
 
 import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from benchmarks import contest, inputs, loops, scaling, steps
+from vit_nabirds.errors import UserError
 
 VIT_S = dict(hidden_size=384, num_layers=12, num_heads=6, mlp_dim=1536, patch_size=16, img_size=224)
 TINY = dict(hidden_size=8, num_layers=12, num_heads=2, mlp_dim=16, patch_size=8, img_size=16)
@@ -36,12 +34,23 @@ def show(value: object) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="default: all")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--torch", default=sys.executable)
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the targets and all that was measured there")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="prepared and packed (default: birds are drawn)")
+    parser.add_argument("--torch", default=sys.executable, metavar="PYTHON", help="of an environment with torch")
+    parser.add_argument("--quick", action="store_true", help="tiny models, to see that all of it works")
     options = parser.parse_args()
+    if unknown := [part for part in options.parts if part not in PARTS]:
+        parser.error(f"there is no part {unknown[0]!r}: it is one of {', '.join(PARTS)}")
+    if shutil.which(options.torch) is None:
+        parser.error(f"--torch={options.torch} is no program")
+    if options.json and not options.json.absolute().parent.is_dir():
+        parser.error(f"--json={options.json}: its folder does not exist")
+    try:
+        if options.data and not inputs.open_images(options.data, packed=True).is_packed:
+            parser.error(f"--data={options.data} is not packed: prepare it with --pack")
+    except UserError as error:
+        parser.error(f"--data: {error}")
     quick = options.quick
     parts = options.parts or [part for part in PARTS if not (quick and part == "host")]  # with tiny models, as `step`
     tiny = TINY | {"num_layers": 1} if quick else TINY
@@ -126,10 +135,14 @@ def main() -> None:
         print(f"| {row['name']} | {value} | {row['target']} | {met} |")
     if quick:
         print("\nOf tiny models for moments: these numbers say that the scripts work, and nothing else.")
+    rows = [row for part in ("input", "host", "step") for row in measured.get(part, {}).items()]
+    broken = [f"{name} {row['skipped']}" for name, row in rows if contest.ENDED in row.get("skipped", "")]
     if options.json:
         options.json.write_text(
             json.dumps({"machine": machine, "targets": targets, "measured": measured}, indent=2) + "\n"
         )
+    if broken:
+        sys.exit(f"error: {'; '.join(broken)}; see above for why")
 
 
 def processor() -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from vit_nabirds.cpus import MALLOC
 
 ROOT = Path(__file__).parent.parent
+ENDED = "ended with exit code"
 
 
 def run(
@@ -61,7 +62,7 @@ def _answer(process: subprocess.Popen) -> dict:
     for line in process.stdout:
         if line.startswith("answer "):
             return json.loads(line.removeprefix("answer "))
-    return {"skipped": f"it ended with exit code {process.wait()}"}
+    return {"skipped": f"{ENDED} {process.wait()}"}
 
 
 def _serve(module: str, name: str, arguments: dict) -> None:

@@ -297,33 +297,64 @@ def test_devices_exchange_the_gradients_once_and_next_to_nothing_else():
     assert found["all-reduced MB"] * 1e6 - found["gradients MB"] * 1e6 == 12  # loss, accuracy, checksum of the records
 
 
-def test_the_compiled_step_is_kept_in_the_workdir(tiny_config, tmp_path, monkeypatch):
-    """For the next turn of the job; a damaged file does no harm."""
+def test_the_compiled_step_is_kept_in_the_workdir(tiny_config, tmp_path, caplog):
+    """For the next turn of the job; a damaged file is told and made anew, and without a place it goes on."""
+
+    def forget() -> None:
+        jax.clear_caches()
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
+
+    caplog.set_level("INFO", "vit_nabirds")
     tiny_config.epochs = 1.0
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
+    forget()
     try:
         assert train.train(tiny_config, tmp_path / "a") == FINISHED
         kept = [file for file in (tmp_path / "a" / "compiled").iterdir() if "train_step" in file.name]
         assert kept
+        programs = {file: file.read_bytes() for file in kept}
         for file in kept:
-            file.write_bytes(file.read_bytes()[:100])
+            file.write_bytes(programs[file][:100])
         shutil.rmtree(tmp_path / "a" / "checkpoints")
         (tmp_path / "a" / "results.json").unlink()
-        with pytest.warns(UserWarning, match="persistent compilation cache"):
-            assert train.train(tiny_config, tmp_path / "a") == FINISHED
+        forget()
+        assert train.train(tiny_config, tmp_path / "a") == FINISHED
+        assert all(f"{file} was damaged" in caplog.text for file in kept)
+        assert [len(file.read_bytes()) > 100 for file in kept] == [True] * len(kept)
+        forget()
+        (tmp_path / "b").mkdir()
+        (tmp_path / "b" / "compiled").write_text("a file")
+        assert train.train(tiny_config, tmp_path / "b") == FINISHED
+        assert "what is compiled is not kept: " in caplog.text
     finally:
         jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
         compilation_cache.reset_cache()
 
 
+def traced_steps(workdir) -> int:
+    """By the annotation of each step."""
+    files = (workdir / "tensorboard" / "plugins" / "profile").glob("*/*.trace.json.gz")
+    events = [event for file in files for event in json.loads(gzip.open(file).read())["traceEvents"]]
+    return sum(event.get("name") == "train" for event in events)
+
+
 def test_a_trace_of_chosen_steps(tiny_config, tmp_path):
     tiny_config.epochs, tiny_config.profile = 1.0, "3-4"
     assert train.train(tiny_config, tmp_path) == FINISHED
-    (traced,) = (tmp_path / "tensorboard" / "plugins" / "profile").glob("*/*.trace.json.gz")
-    names = [event.get("name", "") for event in json.loads(gzip.open(traced).read())["traceEvents"]]
-    assert names.count("train") == 2  # the annotation of each step
+    assert traced_steps(tmp_path) == 2
     assert list((tmp_path / "tensorboard" / "plugins" / "profile").glob("*/*.xplane.pb"))
+
+
+@pytest.mark.parametrize("profile, steps", [("14-17", 2), ("18-30", 3), ("2-15", 0)])
+def test_a_trace_of_what_is_left_of_the_chosen_steps(undisturbed, tiny_config, tmp_path, caplog, profile, steps):
+    """The run goes on from step 15 to step 20."""
+    run = shutil.copytree(undisturbed, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "20")
+    caplog.set_level("INFO", "vit_nabirds")
+    tiny_config.profile = profile
+    assert train.train(tiny_config, run) == FINISHED
+    assert traced_steps(run) == steps
+    assert ("is not made: they are done already" in caplog.text) == (steps == 0)
 
 
 def test_checkpoints_by_the_clock(tiny_config, tmp_path):
@@ -395,6 +426,7 @@ REFUSED = {
     "too many workers": (change("data.workers", 100_000), "data.workers is 100000"),
     "shape of the drawn birds": (birds_without_size, "model.image_size is None"),
     "regular expression": (change("trainable", "("), "not a regular expression"),
+    "profile after the end": (change("profile", "21-30"), "config.profile is '21-30', but the run has 20 steps"),
     "profile": (change("profile", "12-10"), "config.profile is '12-10': name the first and last step"),
     "checkpoint": (change("model.pretrained", "/nowhere"), "no folder '/nowhere'"),
 }

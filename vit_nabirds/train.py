@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from vit_nabirds import checkpoint, data, devices, link, model, optimizer, preemption, processes, weights
+from vit_nabirds import checkpoint, compilation, data, devices, link, model, optimizer, preemption, processes, weights
 from vit_nabirds import config as config_lib
 from vit_nabirds import state as state_lib
 from vit_nabirds.augment import Normalization, augment, zscore
@@ -120,6 +120,10 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
             data.check_labels(split, len(species))
         steps_per_epoch = Fraction(len(train_split), config.batch_size)
         total_steps = math.ceil(Fraction(str(config.epochs)) * steps_per_epoch)
+        if (profiled := config_lib.profiled_steps(config)).start > total_steps:
+            raise UserError(
+                f"config.profile is {config.profile!r}, but the run has {total_steps} steps: name some of them."
+            )
 
         # Model and optimizer
         start, about = checkpoint.newest(workdir / "checkpoints") or (0, None)
@@ -173,10 +177,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
             checkpoint.write_json(workdir / "config.json", about.config)
         processes.check_shared(workdir / "config.json")
         checkpoints = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(workdir / "checkpoints")))
-        if not jax.config.jax_compilation_cache_dir:  # process 0 writes to it, and a damaged file is compiled anew
-            jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compiled"))
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-            jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # else the folder's path is in each key
+        compilation.keep_compiled(workdir / "compiled", processes.is_writer())
         if resumed:
             like = jax.eval_shape(lambda params: state_lib.initial(params, tx, groups, trained), shapes)
             like["params"] = shapes
@@ -214,8 +215,11 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         unreported = collections.deque()
         parameter_norm = jax.jit(optax.tree.norm)
         by_path = jax.jit(lambda params: state_lib.unpack(params, groups))
-        profiled = config_lib.profiled_steps(config) if processes.is_writer() else range(0)
         tracing = stack.enter_context(contextlib.ExitStack())
+        traced = range(max(profiled.start, start + 1), profiled.stop) if processes.is_writer() else range(0)
+        if config.profile:
+            what = f"goes to {workdir / 'tensorboard'}" if traced else "is not made: they are done already"
+            log.info("a trace of steps %s %s", config.profile, what)
 
         def next_batch() -> dict[str, jax.Array]:
             with throughput.waiting():
@@ -278,7 +282,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
             stopping = np.asarray(requests())[0]
         while step < total_steps and not stopping:
             asked = requests()
-            if step + 1 == profiled.start:
+            if traced and step + 1 == traced.start:
                 tracing.enter_context(jax.profiler.trace(workdir / "tensorboard"))
             with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
                 state, metrics = train_step(state, batch)
@@ -287,7 +291,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
             if step < total_steps:
                 batch = next_batch()  # while the devices are at work on this step
             report(keep=1)  # one step late, so that the devices always have the next one
-            if step + 1 == profiled.stop:
+            if step + 1 == traced.stop:
                 jax.block_until_ready(state)
                 tracing.close()
             stopping, saving = np.asarray(asked)
