@@ -137,9 +137,9 @@ def test_course_folder_gets_contiguous_labels(copied):
 
 def test_fingerprint_is_of_the_records_not_of_the_place(copied, prepared):
     table = data.read_table(prepared)
-    assert data.fingerprint(data.read_table(copied)) == data.fingerprint(table)
+    assert data.fingerprint(copied, data.read_table(copied)) == data.fingerprint(prepared, table)
     moved = table.with_columns(is_training_img=~pl.col("is_training_img"))
-    assert data.fingerprint(moved) != data.fingerprint(table)
+    assert data.fingerprint(prepared, moved) != data.fingerprint(prepared, table)
 
 
 def test_out_of_range_label_is_an_error(train_split):

@@ -269,7 +269,7 @@ def test_the_metadata_may_not_change_under_a_pack(copied):
 def test_images_that_were_made_otherwise_are_refused(copied, prepared):
     other = (copied / "prepared.json").read_text().replace("0.2", "0.1")
     (copied / "prepared.json").write_text(other)
-    with pytest.raises(UserError, match="index.parquet is of images that were made otherwise than prepared.json says"):
+    with pytest.raises(UserError, match="index.parquet is of images that were made otherwise than "):
         open_split(copied)
     shutil.copytree(prepared / "cleaned_images", copied / "cleaned_images")
     pack.pack(copied)

@@ -470,6 +470,14 @@ def test_other_records_of_the_same_species(undisturbed, tiny_config, prepared, t
     assert (undisturbed / "results.json").read_text() == before
 
 
+def test_the_same_photographs_prepared_otherwise(undisturbed, tiny_config, prepared, tmp_path):
+    other = shutil.copytree(prepared, tmp_path / "other")
+    (other / "prepared.json").write_text((prepared / "prepared.json").read_text().replace("0.2", "0.1"))
+    tiny_config.data.root = str(other)
+    with pytest.raises(UserError, match=r"other records or images .*metadata.parquet or prepared.json differs"):
+        train.train(tiny_config, undisturbed)
+
+
 def test_damage_in_a_workdir_is_told(undisturbed, tiny_config, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)

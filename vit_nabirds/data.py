@@ -18,7 +18,7 @@ from absl import flags
 from vit_nabirds.archive import with_species_ids
 from vit_nabirds.cpus import cpu_share
 from vit_nabirds.errors import UserError
-from vit_nabirds.images import ImageFiles, PackedImages, open_images
+from vit_nabirds.images import ImageFiles, PackedImages, open_images, read_prepared
 
 COLUMNS = ("path", "photographer", "is_training_img", "species_name")
 
@@ -66,10 +66,10 @@ def species_names(table: pl.DataFrame) -> list[str]:
     return table.select("species_id", "species_name").unique().sort("species_id")["species_name"].to_list()
 
 
-def fingerprint(table: pl.DataFrame) -> str:
-    """Identity of the records, labels and splits: equal for the same data wherever the folder lies."""
+def fingerprint(root: Path, table: pl.DataFrame) -> str:
+    """Identity of the records, labels and splits, and of how the images were made; the folder may lie anywhere."""
     rows = table.select("path", "species_name", pl.col("is_training_img").cast(pl.Int8)).sort("path")
-    return hashlib.sha256(rows.write_csv().encode()).hexdigest()[:16]
+    return hashlib.sha256((rows.write_csv() + read_prepared(root)).encode()).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,8 +110,8 @@ def evaluate_run(workdir: Path, step: int | None = None, root: str | None = None
     if metrics is None:
         return preemption.EXIT_STOPPED
     log.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-    if data.fingerprint(table) != about.fingerprint:
-        log.warning("%s has other records than the training had: results.json is left as it is", root)
+    if data.fingerprint(root, table) != about.fingerprint:
+        log.warning("%s has other records or images than the training had: results.json is left as it is", root)
     elif processes.is_writer():
         write_results(workdir / "results.json", run.step, metrics)
     return 0

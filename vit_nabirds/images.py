@@ -127,7 +127,7 @@ def _open_pack(folder: Path, paths: list[str], train: bool) -> PackedImages:
     if index["path"].to_list() != paths:
         raise pack_error(file, f"is not of the {'training' if train else 'test'} images in metadata.parquet")
     if about.get(PREPARED) != read_prepared(folder.parent):
-        raise pack_error(file, f"is of images that were made otherwise than {PREPARED} says")
+        raise pack_error(file, f"is of images that were made otherwise than {folder.parent / PREPARED} says")
     return PackedImages(folder / PACK_FILES[train], paths, index["crc32"].to_numpy())
 
 

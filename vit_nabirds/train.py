@@ -114,7 +114,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
             with processes.writer_first("drawing"):
                 prepare_synthetic(root, config.model.image_size)
         table = data.read_table(root)
-        species, fingerprint = data.species_names(table), data.fingerprint(table)
+        species, fingerprint = data.species_names(table), data.fingerprint(root, table)
         train_split, test_split = (data.open_split(root, table, train=split) for split in (True, False))
         for split in (train_split, test_split):
             data.check_labels(split, len(species))
@@ -348,8 +348,8 @@ def check_same_run(
         )
     if about.fingerprint != fingerprint:
         raise UserError(
-            f"{workdir} holds a run on other records than {config.data.root} has (its metadata.parquet differs): use "
-            "another --workdir, or the data of that run."
+            f"{workdir} holds a run on other records or images than {config.data.root} has (its metadata.parquet or "
+            "prepared.json differs): use another --workdir, or the data of that run."
         )
     if changed := config_lib.differences(about.config, config.to_dict()):
         raise UserError(
