@@ -37,7 +37,8 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, **options) -> 
     if options["dropout_rate"] and not options["deterministic"]:
         return nnx.dot_product_attention(query, key, value, **options)
     if jax.default_backend() != "cpu":
-        implementation = "cudnn" if _has_flash_attention(query.dtype, query.shape[-1]) else "xla"
+        whole = query.shape == key.shape and _has_flash_attention(query.dtype, query.shape[-1])
+        implementation = "cudnn" if whole else "xla"
         return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
     # XLA's CPU backend multiplies plain batches of matrices 1.5 to 4 times as fast as it contracts (b, t, h, w).
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
@@ -118,12 +119,16 @@ class TransformerEncoder(nnx.Module):
         self.scale2 = nnx.Param(jnp.ones(hidden_size)) if layer_scale else None
         self.dropout = nnx.Dropout(dropout_rate)
 
-    def __call__(self, x: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, tokens: int | None = None, *, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """With `tokens`, only the first so many are computed, from all of them: (batch, tokens, hidden_size)."""
+
         def finish(branch: jax.Array, scale: nnx.Param | None) -> jax.Array:
             branch = branch if scale is None else branch * scale[...].astype(branch.dtype)
             return self.dropout(branch, deterministic=rngs is None, rngs=rngs)
 
-        x = materialised(x + finish(self.attn(self.norm1(x), deterministic=rngs is None, rngs=rngs), self.scale1))
+        seen = self.norm1(x)
+        attended = self.attn(seen[:, :tokens], seen, deterministic=rngs is None, rngs=rngs)
+        x = materialised(x[:, :tokens] + finish(attended, self.scale1))
         return materialised(x + finish(self.mlp(self.norm2(x)), self.scale2))
 
 
@@ -211,11 +216,16 @@ class VisionTransformer(nnx.Module):
             x = jnp.concatenate([x[:, :1], registers, x[:, 1:]], axis=1)
         x = self.dropout(x, deterministic=rngs is None, rngs=rngs)
 
-        def run(block: TransformerEncoder, x: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
-            return block(x, rngs=rngs)
+        def run(block: TransformerEncoder, x: jax.Array, tokens: int | None, rngs: nnx.Rngs | None) -> jax.Array:
+            return block(x, tokens, rngs=rngs)
 
-        for block in self.encoder.layers:
-            x = (nnx.remat(run) if self.remat else run)(block, x, rngs)
+        if self.remat:
+            run = nnx.remat(run, static_argnums=2)
+        *blocks, last = self.encoder.layers
+        for block in blocks:
+            x = run(block, x, None, rngs)
+        # of the last block the classifier sees the class token alone, or all
+        x = run(last, x, 1 if self.pool == "cls" else None, rngs)
         if self.pool == "cls":
             return self.final_norm(x[:, 0]).astype(jnp.float32)
         x = self.final_norm(x).astype(jnp.float32)
