@@ -112,7 +112,7 @@ def main() -> None:
             def bare() -> float:
                 return contest.run("steps", ["ours"], arguments, 3, pythons)["ours"]["images/s"]
 
-            row = loops.run(str(root), images, shape, batch_size, 10 if quick else 30, bare, 1 if quick else 2)
+            row = loops.run(str(root), images, shape, batch_size, 10 if quick else 30, bare, 1 if quick else 3)
             measured["loop"] = row
             table("Training", {f"{shape['img_size']} px, {batch_size} images": row})
             target("train ÷ bare step", row["train ÷ bare step"], 0.97)

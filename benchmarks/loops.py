@@ -56,6 +56,10 @@ def _until(step: int, command: list[str]) -> float:
     return seconds
 
 
+def _p99(ascending: list[float]) -> float:
+    return ascending[min(len(ascending) - 1, round(0.99 * len(ascending)))]
+
+
 def run(root: str, images: int, shape: dict, batch_size: int, steps: int, bare: callable, rounds: int) -> dict:
     """`bare` measures the images/s of the bare step; it is called before and after each training."""
     shape = {("image_size" if name == "img_size" else name): value for name, value in shape.items()}
@@ -65,13 +69,15 @@ def run(root: str, images: int, shape: dict, batch_size: int, steps: int, bare: 
 
         def measured(step: int, workdir: str, save: int = 1000 * steps, warm: bool = True) -> float:
             if warm:
-                shutil.copytree(folder / "started" / "compiled", folder / workdir / "compiled", dirs_exist_ok=True)
+                shutil.copytree(folder / "started0" / "compiled", folder / workdir / "compiled", dirs_exist_ok=True)
             return _until(step, _command(folder, root, folder / workdir, steps, images, batch_size, save))
 
-        cold = measured(1, "started", warm=False)
-        resumed = measured(2, "started", warm=False)
-        warm = measured(1, "warm")
-        ratios, saving, plain = [], [], []
+        cold, resumed, warm = [], [], []
+        for number in range(rounds):
+            cold.append(measured(1, f"started{number}", warm=False))
+            resumed.append(measured(2, f"started{number}", warm=False))
+            warm.append(measured(1, f"warm{number}"))
+        ratios, plain = [], []
         before = bare()
         for number in range(rounds):
             measured(steps, f"trained{number}")
@@ -85,12 +91,14 @@ def run(root: str, images: int, shape: dict, batch_size: int, steps: int, bare: 
         measured(steps, "saving", save=every)
         saving = list(_seconds_of_steps(folder / "saving", batch_size).values())[1:]
     saving.sort()
+    plain.sort()
     return {
         "train ÷ bare step": statistics.median(ratios),
         "images/s": batch_size / statistics.median(plain),
         "p50 s": statistics.median(saving),
-        "p99 s": saving[min(len(saving) - 1, round(0.99 * len(saving)))],
-        "cold s": cold,
-        "warm s": warm,
-        "resumed s": resumed,
+        "p99 s": _p99(saving),
+        "p99 s, not saving": _p99(plain),
+        "cold s": statistics.median(cold),
+        "warm s": statistics.median(warm),
+        "resumed s": statistics.median(resumed),
     }

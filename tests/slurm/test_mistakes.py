@@ -16,7 +16,7 @@ ON_RANK_1 = "[ $SLURM_PROCID = 1 ] &&"
 
 @pytest.fixture(scope="module", autouse=True)
 def job_with_a_minute(slurm, prepared, tmp_path_factory):
-    """20,000 steps, more than any machine does in a minute; started before the tests, the first of which mostly wait."""
+    """20,000 steps, more than any machine does in a minute; started before the tests, which mostly wait."""
     folder = tmp_path_factory.mktemp("minute")
     return slurm.submit(
         "launch/train.sbatch", "--nodes=2", "--cpus-per-task=1", f"--output={folder / 'log'}", "--time=1",
