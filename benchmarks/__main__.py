@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,7 @@ def show(value: object) -> str:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or what it has drawn would be left
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the targets and all that was measured there")
@@ -44,8 +46,11 @@ def main() -> None:
         parser.error(f"there is no part {unknown[0]!r}: it is one of {', '.join(PARTS)}")
     if shutil.which(options.torch) is None:
         parser.error(f"--torch={options.torch} is no program")
-    if options.json and not options.json.absolute().parent.is_dir():
-        parser.error(f"--json={options.json}: its folder does not exist")
+    try:
+        if options.json:
+            options.json.open("a").close()
+    except OSError as error:
+        parser.error(f"--json: {error}")
     try:
         if options.data and not inputs.open_images(options.data, packed=True).is_packed:
             parser.error(f"--data={options.data} is not packed: prepare it with --pack")
@@ -84,7 +89,8 @@ def main() -> None:
             target("ours packed ÷ seed's pipeline", ratio(rows, "images/s", "ours packed", "seed"), 1000)
             target("ours packed, one core, images/s", rows[inputs.ONE_CORE[0]].get("images/s"), 15_000)
             target("ours from JPEG ÷ decoding alone", ratio(rows, "images/s", "ours from JPEG", "decoding alone"), 0.85)
-            best = None if None in peers else rows["ours augmented"]["images/s"] / max(peers)
+            ours = rows["ours augmented"].get("images/s")
+            best = None if None in (ours, *peers) else ours / max(peers)
             target("ours from JPEG, augmented ÷ torch's best", best, 1.5)
         if "host" in parts:
             arguments = dict(shape=tiny, batch_size=8, count=10 if quick else 100)

@@ -4,6 +4,7 @@ A contender is a function that makes itself ready and returns another, which mea
 numbers. `python -m benchmarks.contest MODULE NAME JSON` runs one and measures a round for each line that it reads.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -41,10 +42,13 @@ def run(
         if ready:
             processes.pop(name).communicate()
     for _ in range(rounds):
-        for name, process in processes.items():
-            process.stdin.write("\n")
-            process.stdin.flush()
+        for name, process in list(processes.items()):
+            with contextlib.suppress(BrokenPipeError):  # no answer says so, too
+                process.stdin.write("\n")
+                process.stdin.flush()
             results[name].append(_answer(process))
+            if "skipped" in results[name][-1]:
+                processes.pop(name)
     for process in processes.values():
         process.communicate()
     medians = {}

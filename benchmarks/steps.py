@@ -14,7 +14,7 @@ PEAK = {"A100": 156, "H100": 495, "H200": 495, "L40S": 183}
 
 
 def _flops(shape: dict) -> int:
-    """Of the model's products for one image, forwards and backwards."""
+    """Of the products of all blocks for all tokens of one image, forwards and backwards."""
     width, patches = shape["hidden_size"], (shape["img_size"] // shape["patch_size"]) ** 2
     layer = 2 * (patches + 1) * width * (4 * width + 2 * shape["mlp_dim"] + 2 * (patches + 1))
     return 3 * (shape["num_layers"] * layer + 2 * patches * 3 * shape["patch_size"] ** 2 * width)

@@ -2,6 +2,7 @@
 
 import collections
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -249,7 +250,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage, message", DAMAGES.values(), ids=DAMAGES)
-def test_a_pack_that_does_not_fit_is_refused_and_made_anew(copied, packed, prepared, damage, message):
+def test_a_pack_that_does_not_fit_is_refused_and_made_anew(copied, packed, prepared, damage, message, capsys):
     damage(copied / "packed")
     with pytest.raises(UserError, match=message) as error:
         open_split(copied)
@@ -257,6 +258,25 @@ def test_a_pack_that_does_not_fit_is_refused_and_made_anew(copied, packed, prepa
     shutil.copytree(prepared / "cleaned_images", copied / "cleaned_images")
     pack.pack(copied)
     assert contents(copied) == contents(packed)
+    assert re.search(f"note: .*{message}.*; it is packed anew", capsys.readouterr().out)
+
+
+def test_a_pack_is_not_given_up_where_it_cannot_be_read_or_made_anew(copied, prepared):
+    train = copied / "packed" / "train.npy"
+    rewrite("test.npy", lambda data: data[:-1] + bytes([data[-1] ^ 1]))(copied / "packed")
+    before = train.read_bytes()
+    shutil.copytree(prepared / "cleaned_images", copied / "cleaned_images")
+    photograph = next(copied.glob("cleaned_images/*/*"))
+    photograph.write_bytes(photograph.read_bytes()[:-9])
+    with pytest.raises(UserError, match="is a truncated JPEG"):
+        pack.pack(copied)
+    assert train.read_bytes() == before
+    test = copied / "packed" / "test.npy"
+    test.unlink()
+    test.mkdir()
+    with pytest.raises(UserError, match="test.npy cannot be read .*Is a directory"):
+        pack.pack(copied)
+    assert train.read_bytes() == before
 
 
 def test_the_metadata_may_not_change_under_a_pack(copied):

@@ -320,7 +320,7 @@ def test_out_must_not_be_the_archives_images_nor_a_file(painted_archive, tmp_pat
         with pytest.raises(UserError, match="Choose another --out"):
             prepare(painted_archive, out)
     assert not (painted_archive / "images/new").exists()
-    with pytest.raises(UserError, match="Make room or choose another --out"):
+    with pytest.raises(UserError, match="Put that right or choose another --out"):
         prepare(painted_archive, tmp_path / "file/below")
 
 

@@ -123,7 +123,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 def profiled_steps(config: ml_collections.ConfigDict) -> range:
     """The steps that config.profile names, counted from 1."""
-    match = re.fullmatch(r"(\d+)-(\d+)", config.profile or "0-0")
+    match = re.fullmatch(r"([0-9]+)-([0-9]+)", config.profile or "0-0")
     if not match or int(match[1]) > int(match[2]) or (config.profile and int(match[1]) == 0):
         raise UserError(f"config.profile is {config.profile!r}: name the first and last step to trace, like '10-12'.")
     return range(int(match[1]), int(match[2]) + 1)

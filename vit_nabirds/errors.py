@@ -16,6 +16,11 @@ class UserError(Exception):
     """
 
 
+def remedy_of(error: OSError) -> str:
+    """How a sentence of advice begins, after what a write raised."""
+    return "Make room" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "Put that right"
+
+
 def message_of(error: BaseException) -> str | None:
     """What to tell the user of an error, in a line; None: it is a fault of the program, and its traceback is needed."""
     if isinstance(error, UserError):

@@ -94,10 +94,10 @@ def open_images(root: Path, paths: list[str], train: bool) -> ImageFiles | Packe
     """Those of a prepared folder's pack where it has one, else its image files; UserError when they are not `paths`."""
     if (root / "packed" / PACK_INDEX).exists():
         return _open_pack(root / "packed", paths, train)
-    return _open_files(root / "cleaned_images", paths)
+    return open_files(root / "cleaned_images", paths)
 
 
-def _open_files(folder: Path, paths: list[str]) -> ImageFiles:
+def open_files(folder: Path, paths: list[str]) -> ImageFiles:
     """The images, after a look at the head and tail of every file."""
     with concurrent.futures.ThreadPoolExecutor(4 * cpu_share()) as pool:
         sizes = list(pool.map(lambda path: _size(folder / path), paths))

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from vit_nabirds import data, images, processes
 from vit_nabirds.cpus import cpu_share
-from vit_nabirds.errors import UserError
+from vit_nabirds.errors import UserError, remedy_of
 
 _TEMPORARY, _CHECKSUMS = ".tmp", ".crc32"
 
@@ -34,7 +34,9 @@ def pack(out: str | Path) -> None:
             if not complete:
                 _write_all(folder, table, splits)
     except OSError as error:
-        raise UserError(f"{folder}: {error}. Make room and run the command again; it goes on from there.") from error
+        raise UserError(
+            f"{folder}: {error}. {remedy_of(error)} and run the command again; it goes on from there."
+        ) from error
     size = sum((folder / name).stat().st_size for name in images.PACK_FILES.values())
     how = "already there" if complete else f"written in {time.perf_counter() - started:.1f} s"
     print(f"packed: {len(splits[True]):,} train and {len(splits[False]):,} test images, {size / 1e6:,.1f} MB, {how}")
@@ -48,7 +50,7 @@ def discard(out: Path) -> None:
 
 
 def _is_complete(out: Path, table: pl.DataFrame) -> bool:
-    """Whether there is a pack, and each image in it is what was written; one that is not is discarded."""
+    """Whether there is a pack, and each image in it is what was written; one that is not is told of and discarded."""
     if not (out / "packed" / images.PACK_INDEX).exists():
         return False
     try:
@@ -57,7 +59,12 @@ def _is_complete(out: Path, table: pl.DataFrame) -> bool:
             for index in tqdm(range(len(split)), desc=f"checking {images.PACK_FILES[train]}", disable=None):
                 split[index]
         return True
-    except UserError:
+    except UserError as error:
+        if isinstance(error.__context__, OSError) and not isinstance(error.__context__, FileNotFoundError):
+            raise  # it may be good, and cannot be read
+        for train in (True, False):  # raises where no other pack could be made
+            images.open_files(out / "cleaned_images", table.filter(is_training_img=train)["path"].to_list())
+        print(f"note: {str(error).partition(': delete ')[0]}; it is packed anew")
         discard(out)
         return False
 

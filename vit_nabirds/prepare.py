@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from vit_nabirds.archive import read_archive_with_notes
 from vit_nabirds.cpus import cpu_share
-from vit_nabirds.errors import UserError
+from vit_nabirds.errors import UserError, remedy_of
 from vit_nabirds.images import PREPARED
 from vit_nabirds.pack import discard as discard_pack
 from vit_nabirds.pack import pack as pack_images
@@ -81,7 +81,7 @@ def prepare(
         table.write_parquet(buffer)
         _write(out / "metadata.parquet", buffer.getvalue())
     except OSError as error:  # a photograph that cannot be read is a UserError by now
-        advice = "Make room or choose another --out, and run the command again; finished images are kept."
+        advice = f"{remedy_of(error)} or choose another --out, and run the command again; finished images are kept."
         raise UserError(f"{out}: {error}. {advice}") from error
 
     seconds, trained = time.perf_counter() - started, table["is_training_img"].sum()
