@@ -3,7 +3,10 @@
 import collections
 import contextlib
 import dataclasses
+import errno
 import json
+import os
+import re
 from pathlib import Path
 
 import jax
@@ -43,6 +46,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, read_only: bool = False):
         self.best_step: int | None = None
+        self._saving = None  # Orbax's response of the save under way
         self._orbax = ocp.training.Checkpointer(
             folder.absolute(),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
@@ -71,15 +75,22 @@ class Checkpoints:
         options.array.saving.use_compression = False  # it doubles the time of writing, which steps pay for
         options.array.saving.storage_options.chunk_byte_size = 2**26
         options.array.saving.array_metadata_store = None
+        self._finish()
         with options:
-            self._orbax.save_checkpointables_async(step, vectors, custom_metadata=metadata)
+            self._saving = self._orbax.save_checkpointables_async(step, vectors, custom_metadata=metadata)
+
+    def _finish(self) -> None:
+        """Wait for the save under way: only its result ends the thread and the event loop that Orbax gave it."""
+        if self._saving:
+            saving, self._saving = self._saving, None
+            saving.result()
 
     def about(self, step: int) -> About:
         try:
             fields = dict(self._orbax.checkpointables_metadata(step).custom_metadata)
             return About.from_json({name: fields[name] for name in fields.keys() - {"arrays", "checksums"}})
         except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-            raise self._damaged(step) from error
+            raise self._unusable(step, error) from error
 
     def restore(self, step: int, like: dict) -> dict:
         """The state of a step, or its `params` alone, as the tree `like` of ShapeDtypeStruct with shardings says."""
@@ -95,19 +106,28 @@ class Checkpoints:
         try:
             vectors = self._orbax.load_checkpointables(step, placed(jax.eval_shape(_vectors, parts), sharding))
         except (ValueError, KeyError, OSError) as error:
-            raise self._damaged(step) from error
+            raise self._unusable(step, error) from error
         if any(metadata["checksums"][name] != sums for name, sums in checksums(vectors).items()):
-            raise self._damaged(step)
+            raise self._unusable(step)
         loaded = _trees(jax.tree.map(np.asarray, vectors), parts)
         return {"params": loaded["params"], **loaded.get("training", {})}
 
-    def _damaged(self, step: int) -> UserError:
+    def _unusable(self, step: int, error: BaseException | None = None) -> UserError:
+        """What to say of a checkpoint that failed to load: damaged is only what was read and found wrong."""
         folder = self._orbax.directory / str(step)
+        if reason := reading_error(folder, error):
+            return UserError(
+                f"{folder} cannot be read ({reason}): that does not mean that it is damaged. Keep it, and run the same "
+                "command again when the storage answers."
+            )
         return UserError(f"{folder} is damaged: delete that folder to go on from the checkpoint before it.")
 
     def close(self) -> None:
         """Wait until what is being written is complete."""
-        self._orbax.close()
+        try:
+            self._finish()
+        finally:
+            self._orbax.close()
 
 
 def layout(tree: dict) -> dict[str, dict]:
@@ -159,6 +179,26 @@ def _trees(vectors: dict[str, dict[str, np.ndarray]], like: dict[str, dict]) -> 
             arrays.append(jax.make_array_from_callback(leaf.shape, leaf.sharding, values.__getitem__))
         trees[name] = jax.tree.unflatten(jax.tree.structure(part), arrays)
     return trees
+
+
+def reading_error(folder: Path, error: BaseException | None) -> str | None:
+    """Why the system refuses to read the folder, by the error or by reading it again; None when it does not."""
+    while error:
+        code = getattr(error, "errno", None) or int((re.findall(r"os_error_code='(\d+)'", str(error)) or [0])[0])
+        if code and code not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+            return os.strerror(code)
+        error = error.__cause__ or error.__context__
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    try:
+        for parent, _, files in os.walk(folder, onerror=stop):
+            for file in files:
+                Path(parent, file).read_bytes()
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def newest(folder: Path) -> tuple[int, About] | None:

@@ -4,7 +4,19 @@ import errno
 
 _OF_DISKS = {
     getattr(errno, name)
-    for name in ("EACCES", "EDQUOT", "EEXIST", "EISDIR", "ENOENT", "ENOSPC", "ENOTDIR", "EPERM", "EROFS")
+    for name in (
+        "EACCES",
+        "EDQUOT",
+        "EEXIST",
+        "EIO",
+        "EISDIR",
+        "ENOENT",
+        "ENOSPC",
+        "ENOTDIR",
+        "EPERM",
+        "EROFS",
+        "ESTALE",
+    )
 }
 
 
