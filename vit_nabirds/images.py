@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import io
 import os
 import zlib
 from pathlib import Path
@@ -11,6 +12,7 @@ import imageio.v3 as iio
 import numpy as np
 import polars as pl
 import simplejpeg
+from PIL import Image, UnidentifiedImageError
 
 from vit_nabirds.cpus import cpu_share
 from vit_nabirds.errors import UserError
@@ -19,6 +21,17 @@ from vit_nabirds.errors import UserError
 PACK_INDEX, PACK_FILES = "index.parquet", {True: "train.npy", False: "test.npy"}
 PREPARED = "prepared.json"  # of a prepared folder: how its images were made; a copy of its text is in the index
 PACK_COLUMNS = {"path": pl.String, "is_training_img": pl.Boolean, "crc32": pl.UInt32}
+
+# Readers that decode by themselves. Left to choose, Pillow hands PostScript to Ghostscript, whatever the file's name.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
+
+def open_picture(source: str | Path | IO[bytes]) -> Image.Image:
+    """A picture of one of FORMATS, not decoded yet; ValueError for anything else, OSError if it cannot be read."""
+    try:
+        return Image.open(source, formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError(f"not a picture in one of the formats {', '.join(FORMATS)}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +48,7 @@ class ImageFiles:
         try:
             data = file.read_bytes()
             is_jpeg = data[:2] == b"\xff\xd8"
-            image = None if is_jpeg else iio.imread(data)[..., :3]
+            image = None if is_jpeg else decode(data)[..., :3]
             shape = (*simplejpeg.decode_jpeg_header(data)[:2], 3) if is_jpeg else image.shape
             if shape != out.shape:
                 raise UserError(
@@ -114,6 +127,12 @@ def open_files(folder: Path, paths: list[str]) -> ImageFiles:
     return ImageFiles(folder, paths, sizes[0][0])
 
 
+def decode(data: bytes) -> np.ndarray:
+    """The pixels of a file that is not JPEG, uint8 (height, width, channels)."""
+    open_picture(io.BytesIO(data)).close()
+    return iio.imread(data, plugin="pillow")
+
+
 def _open_pack(folder: Path, paths: list[str], train: bool) -> PackedImages:
     """The images, when the pack holds those of `paths` in that order."""
     file = folder / PACK_INDEX
@@ -156,7 +175,8 @@ def _size(file: Path) -> tuple[int, int] | str:
         with open(file, "rb") as opened:
             head = opened.read(4096)  # a prepared image says its size in the first kilobyte
             if head[:2] != b"\xff\xd8":
-                return iio.improps(file).shape[:2]
+                with open_picture(file) as picture:
+                    return picture.size[::-1]
             opened.seek(-2, 2)
             if opened.read() != b"\xff\xd9":
                 return "is a truncated JPEG"

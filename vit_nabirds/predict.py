@@ -21,6 +21,7 @@ from tqdm import tqdm
 from vit_nabirds import devices, weights
 from vit_nabirds.cpus import cpu_share
 from vit_nabirds.errors import UserError
+from vit_nabirds.images import open_picture
 from vit_nabirds.model import apply, describe, jit
 from vit_nabirds.prepare import fit
 from vit_nabirds.run import open_run
@@ -109,7 +110,7 @@ def read_image(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
     """RGB, upright; an array is uint8 (height, width, 3)."""
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
-    with contextlib.nullcontext(image) if isinstance(image, Image.Image) else Image.open(image) as opened:
+    with contextlib.nullcontext(image) if isinstance(image, Image.Image) else open_picture(image) as opened:
         if opened.mode.startswith(("I", "F")):
             raise ValueError("more than 8 bits a pixel, convert it to 8")
         return ImageOps.exif_transpose(opened).convert("RGB")

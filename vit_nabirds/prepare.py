@@ -24,7 +24,7 @@ from tqdm import tqdm
 from vit_nabirds.archive import read_archive_with_notes
 from vit_nabirds.cpus import cpu_share
 from vit_nabirds.errors import UserError, remedy_of
-from vit_nabirds.images import PREPARED
+from vit_nabirds.images import PREPARED, open_picture
 from vit_nabirds.pack import discard as discard_pack
 from vit_nabirds.pack import pack as pack_images
 
@@ -221,6 +221,7 @@ def _read(file: Path, unusual: list[str]) -> np.ndarray:
                 raise
     else:
         unusual.append("files are not JPEG, whatever their name says")
+    open_picture(io.BytesIO(data)).close()
     with iio.imopen(data, "r", plugin="pillow") as photograph:
         mode = photograph.metadata(index=0)["mode"]
         if mode.startswith(("I", "F")):
