@@ -23,6 +23,7 @@ from vit_nabirds.errors import UserError
 from vit_nabirds.evaluate import evaluate_run, make_eval_step
 from vit_nabirds.monitor import read_evaluations, read_metrics
 from vit_nabirds.run import open_run
+from vit_nabirds.selection import Selection
 from vit_nabirds.train import FINISHED, step_keys
 
 STOPPED = 75
@@ -86,10 +87,14 @@ def test_what_a_run_leaves(undisturbed, prepared):
     config = json.loads((undisturbed / "config.json").read_text())
     assert config["data"]["root"] == str(prepared) and config["model"]["hidden_size"] == 16
     results = json.loads((undisturbed / "results.json").read_text())
-    assert results["step"] == 20 and results["test"]["examples"] == 15
+    assert results["last"]["step"] == 20 and results["test"]["examples"] == 15
     assert set(results["test"]) == {"loss", "accuracy", "top5_accuracy", "mean_class_accuracy", "examples"}
     evaluations = read_evaluations(undisturbed / "metrics.jsonl")
     assert list(evaluations) == [5, 10, 15, 20]
+    assert Selection.read(undisturbed, []).evaluations == evaluations
+    selected = results["selected"]
+    assert selected["value"] == evaluations[selected["step"]][selected["metric"]] == results["test"]["accuracy"]
+    assert selected["value"] == max(evaluation["test/accuracy"] for evaluation in evaluations.values())
     assert all(evaluation["test/examples"] == 15 for evaluation in evaluations.values())
 
 
@@ -108,7 +113,7 @@ def test_tensorboard_reads_what_was_written(undisturbed):
 
 def test_newest_and_best_checkpoints_are_kept_and_tell_of_themselves(undisturbed):
     checkpoints = checkpoint.Checkpoints(undisturbed / "checkpoints", read_only=True)
-    best = checkpoint.best_step(read_evaluations(undisturbed / "metrics.jsonl"), [5, 10, 15, 20])
+    best = Selection.read(undisturbed, []).best([5, 10, 15, 20])
     assert set(checkpoints.steps) == {15, 20, best}
     about = checkpoints.about(20)
     assert len(about.species) == 4 and about.architecture["hidden_size"] == 16
@@ -144,15 +149,28 @@ def test_a_stopped_and_resumed_run_is_bit_equal(undisturbed, tiny_config, tmp_pa
         assert np.array_equal(ours, theirs)
 
 
-def test_the_best_checkpoint_outlives_a_resume(tiny_config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("lost", ["metrics.jsonl", "selection.json", "a bit of selection.json", "both"])
+def test_the_best_checkpoint_outlives_a_resume_whatever_is_lost(tiny_config, tmp_path, monkeypatch, lost):
     with monkeypatch.context() as patch:
         stop_after(patch, 7)
         train.train(tiny_config, tmp_path)
-    file = tmp_path / "metrics.jsonl"
-    lines = [line | {"test/accuracy": 1.0} if "test/accuracy" in line else line for line in read_metrics(file)]
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    selection = Selection.read(tmp_path, [5, 7])
+    assert list(selection.evaluations) == [5] and selection.unknown == []
+    selection.evaluations[5]["test/accuracy"] = 1.0  # whatever comes is no better
+    selection.write()
+    log, file = tmp_path / "metrics.jsonl", tmp_path / "selection.json"
+    if lost in ("metrics.jsonl", "both"):
+        log.unlink()
+    if lost in ("selection.json", "both"):
+        file.unlink()
+    if lost == "a bit of selection.json":
+        file.write_text(file.read_text().replace("1.0", "0.0"))
     assert train.train(tiny_config, tmp_path) == FINISHED
-    assert checkpoint.Checkpoints(tmp_path / "checkpoints", read_only=True).steps == [5, 15, 20]
+    left = set(checkpoint.Checkpoints(tmp_path / "checkpoints", read_only=True).steps)
+    if lost == "metrics.jsonl":
+        assert left == {5, 15, 20}
+    else:  # 7 was not evaluated, but that is lost, too
+        assert left == {5, 7, 15, 20} | {Selection.read(tmp_path, []).best([10, 15, 20])}
 
 
 def test_pretrained_weights_and_their_normalisation_are_used(tiny_config, hf_folder, tmp_path):
@@ -217,15 +235,16 @@ def test_a_crash_loses_only_what_was_not_saved(undisturbed, tiny_config, tmp_pat
     assert losses(tmp_path) == losses(undisturbed)
 
 
-def test_evaluate_gives_the_numbers_of_training(undisturbed, tmp_path):
+def test_evaluate_gives_the_numbers_of_training(undisturbed, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
-    evaluations = read_evaluations(run / "metrics.jsonl")
-    best = checkpoint.best_step(evaluations, checkpoint.Checkpoints(run / "checkpoints", read_only=True).steps)
+    evaluations, written = read_evaluations(run / "metrics.jsonl"), (run / "results.json").read_text()
+    best = json.loads(written)["selected"]["step"]
     for step, expected in ((None, best), (20, 20)):
         assert evaluate_run(run, step) == 0
-        results = json.loads((run / "results.json").read_text())
+        results = json.loads(capsys.readouterr().out)
         assert results["step"] == expected
+        assert (run / "results.json").read_text() == written
         assert {f"test/{name}": value for name, value in results["test"].items()} == evaluations[expected]
     with pytest.raises(UserError, match="no checkpoint of step 7"):
         evaluate_run(run, 7)
@@ -495,10 +514,11 @@ def test_damage_in_a_workdir_is_told(undisturbed, tiny_config, tmp_path):
     (run / "checkpoints" / "20" / "_CHECKPOINT_METADATA").write_text("{}")
     with pytest.raises(UserError, match="checkpoints/20 is damaged"):
         evaluate_run(run, 20)
+    shutil.rmtree(run / "checkpoints" / "20")
     with (run / "metrics.jsonl").open("a") as file:
         file.write("half a li\n")
     with pytest.raises(UserError, match=r"metrics.jsonl, line \d+ is not JSON"):
-        evaluate_run(run)
+        train.train(tiny_config, run)
     (run / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json is damaged"):
         evaluate_run(run)

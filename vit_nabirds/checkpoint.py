@@ -46,6 +46,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, read_only: bool = False):
         self.best_step: int | None = None
+        self.unknown: list[int] = []  # steps of checkpoints that may be better than the best one that is known
         self._saving = None  # Orbax's response of the save under way
         self._orbax = ocp.training.Checkpointer(
             folder.absolute(),
@@ -57,7 +58,7 @@ class Checkpoints:
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         """Orbax's PreservationPolicy."""
         newest = [checkpoint.step for checkpoint in checkpoints][-2:]
-        return [checkpoint.step in (*newest, self.best_step) for checkpoint in checkpoints]
+        return [checkpoint.step in (*newest, self.best_step, *self.unknown) for checkpoint in checkpoints]
 
     @property
     def steps(self) -> list[int]:
@@ -201,22 +202,17 @@ def reading_error(folder: Path, error: BaseException | None) -> str | None:
     return None
 
 
-def newest(folder: Path) -> tuple[int, About] | None:
-    """Step and description of the newest complete checkpoint; None when there is none. Writes nothing."""
+def newest(folder: Path) -> tuple[list[int], About] | None:
+    """Steps of the complete checkpoints and the description of the newest; None when there is none. Writes nothing."""
     if not folder.is_dir():
         return None
     with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
-        return (checkpoints.steps[-1], checkpoints.about(checkpoints.steps[-1])) if checkpoints.steps else None
+        return (checkpoints.steps, checkpoints.about(checkpoints.steps[-1])) if checkpoints.steps else None
 
 
 def placed(tree: dict, sharding: jax.sharding.Sharding) -> dict:
     """The shapes of a state, every array on `sharding`: what `Checkpoints.restore` takes."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
-
-
-def best_step(evaluations: dict[int, dict], steps: list[int]) -> int | None:
-    """The step with the highest accuracy among those that still have a checkpoint; the earliest of equals."""
-    return max(sorted(set(evaluations) & set(steps)), key=lambda s: evaluations[s]["test/accuracy"], default=None)
 
 
 def write_json(file: Path, value: dict) -> None:

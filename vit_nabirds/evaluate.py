@@ -1,6 +1,7 @@
 """Exact evaluation: every test image is scored once, and sums are taken on the devices."""
 
 import contextlib
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from vit_nabirds import checkpoint, data, devices, model, preemption, processes
 from vit_nabirds.augment import Normalization, to_float, zscore
 from vit_nabirds.errors import UserError
 from vit_nabirds.run import open_run
+from vit_nabirds.selection import METRIC
 
 log = logging.getLogger("vit_nabirds")
 
@@ -81,13 +83,19 @@ def evaluate(
     }
 
 
-def write_results(file: Path, step: int, metrics: dict[str, float]) -> None:
-    """results.json: the step and what was measured of its checkpoint on the test split."""
-    checkpoint.write_json(file, {"step": step, "test": {k.removeprefix("test/"): v for k, v in metrics.items()}})
+def write_results(file: Path, evaluations: dict[int, dict[str, float]], selected: int, last: int) -> None:
+    """results.json of a finished training: the selected checkpoint, its scores, and those of the last one."""
+    best = {"step": selected, "metric": METRIC, "value": evaluations[selected][METRIC]}
+    results = {"selected": best, "test": _of_test(evaluations[selected])}
+    checkpoint.write_json(file, results | {"last": {"step": last, "test": _of_test(evaluations[last])}})
+
+
+def _of_test(metrics: dict[str, float]) -> dict[str, float]:
+    return {name.removeprefix("test/"): value for name, value in metrics.items()}
 
 
 def evaluate_run(workdir: Path, step: int | None = None, root: str | None = None) -> int:
-    """Score a checkpoint of a run (by default its best) and write results.json."""
+    """Score a checkpoint of a run (by default its best) and print what it scores as a line of JSON."""
     run = open_run(workdir, step)
     about, mesh = run.about, run.mesh
     config, num_classes = about.config, len(about.species)
@@ -109,9 +117,8 @@ def evaluate_run(workdir: Path, step: int | None = None, root: str | None = None
         )
     if metrics is None:
         return preemption.EXIT_STOPPED
-    log.info("%s", ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     if data.fingerprint(root, table) != about.fingerprint:
-        log.warning("%s has other records or images than the training had: results.json is left as it is", root)
-    elif processes.is_writer():
-        write_results(workdir / "results.json", run.step, metrics)
+        log.warning("%s has other records or images than the training had", root)
+    if processes.is_writer():
+        print(json.dumps({"step": run.step, "test": _of_test(metrics)}))
     return 0

@@ -8,8 +8,9 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from vit_nabirds import checkpoint, devices, model, monitor
+from vit_nabirds import checkpoint, devices, model
 from vit_nabirds.errors import UserError
+from vit_nabirds.selection import Selection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +44,13 @@ def open_run(workdir: Path, step: int | None = None) -> Run:
     steps = checkpoints.steps
     if not steps:
         raise UserError(f"{workdir / 'checkpoints'} holds no complete checkpoint yet.")
-    evaluations = monitor.read_evaluations(workdir / "metrics.jsonl")
+    selection = Selection.read(workdir, steps)
     if step is None:
-        step = checkpoint.best_step(evaluations, steps) or steps[-1]
+        step = selection.best(steps) or steps[-1]
     if step not in steps:
         raise UserError(f"{workdir} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}.")
     about = checkpoints.about(step)
     graphdef, like = model.describe(about.architecture, len(about.species), about.config["compute_dtype"])
     params = checkpoints.restore(step, {"params": checkpoint.placed(like, devices.replicated(mesh))})["params"]
     checkpoints.close()
-    return Run(step, about, evaluations.get(step, {}), graphdef, params, mesh)
+    return Run(step, about, selection.evaluations.get(step, {}), graphdef, params, mesh)

@@ -24,8 +24,9 @@ from vit_nabirds import state as state_lib
 from vit_nabirds.augment import Normalization, augment, zscore
 from vit_nabirds.errors import UserError
 from vit_nabirds.evaluate import evaluate, make_eval_step, write_results
-from vit_nabirds.monitor import Monitor, Throughput, read_evaluations
+from vit_nabirds.monitor import Monitor, Throughput
 from vit_nabirds.prepare import prepare
+from vit_nabirds.selection import Selection
 from vit_nabirds.synthetic import draw_archive
 
 log = logging.getLogger("vit_nabirds")
@@ -126,7 +127,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
             )
 
         # Model and optimizer
-        start, about = checkpoint.newest(workdir / "checkpoints") or (0, None)
+        saved_steps, about = checkpoint.newest(workdir / "checkpoints") or ([], None)
+        start = max(saved_steps, default=0)
         resumed = about is not None
         check_workdir(workdir, resumed)
         if resumed:
@@ -149,7 +151,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         schedule = optimizer.make_schedule(config, total_steps, steps_per_epoch)
         tx = optimizer.make_optimizer(config, schedule)
 
-        evaluations = {s: m for s, m in read_evaluations(workdir / "metrics.jsonl").items() if s <= start}
+        selection = Selection.read(workdir, saved_steps)
+        selection.forget_after(start)
+        evaluations = selection.evaluations
         processes.check_agreement(
             "what the run starts from",
             {"data": fingerprint, "step": start, "evaluated": list(evaluations), "devices": jax.local_device_count()},
@@ -175,6 +179,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
                 )
             )
             checkpoint.write_json(workdir / "config.json", about.config)
+            selection.write()
         processes.check_shared(workdir / "config.json")
         checkpoints = stack.enter_context(contextlib.closing(checkpoint.Checkpoints(workdir / "checkpoints")))
         compilation.keep_compiled(workdir / "compiled", processes.is_writer())
@@ -188,7 +193,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         del loaded
         monitor = stack.enter_context(contextlib.closing(Monitor(workdir, start, total_steps, processes.is_writer())))
         monitor.text("config", f"```\n{json.dumps(about.config, indent=2)}\n```")
-        checkpoints.best_step = checkpoint.best_step(evaluations, checkpoints.steps)
+        checkpoints.best_step, checkpoints.unknown = selection.best(checkpoints.steps), selection.unknown
         log.info(
             "%s: %d species, %d train and %d test images; %s parameters, %s of them trained, in %s; steps %d to %d on "
             "%d %s device(s) of %d process(es)",
@@ -254,7 +259,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
             if metrics:
                 monitor.scalars(step, metrics)
                 evaluations[step] = metrics
-                checkpoints.best_step = checkpoint.best_step(evaluations, [*checkpoints.steps, step])
+                if processes.is_writer():
+                    selection.write()
+                checkpoints.best_step = selection.best([*checkpoints.steps, step])
             throughput.restart(step)
             return metrics is not None
 
@@ -308,13 +315,13 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         log.info("stopped at step %d of %d, all saved%s: run the same command again to go on", step, total_steps, when)
         return preemption.EXIT_STOPPED
     if processes.is_writer():
-        write_results(workdir / "results.json", step, evaluations[step])
+        write_results(workdir / "results.json", evaluations, checkpoints.best_step, step)
     log.info(
-        "finished: accuracy %.4f on %d test images; best checkpoint: step %d\n"
+        "finished: best checkpoint: step %d, accuracy %.4f on %d test images\n"
         "  see the curves:  tensorboard --logdir=%s\n"
         "  score the best:  python main.py evaluate --workdir=%s\n"
         "  name birds:      python main.py predict --workdir=%s --images=FOLDER --out=birds.csv%s",
-        evaluations[step]["test/accuracy"], evaluations[step]["test/examples"], checkpoints.best_step,
+        checkpoints.best_step, evaluations[checkpoints.best_step]["test/accuracy"], evaluations[step]["test/examples"],
         workdir, workdir, workdir, REAL_BIRDS if config.data.synthetic else "",
     )  # fmt: skip
     return FINISHED
