@@ -28,9 +28,9 @@ from types import ModuleType
 from absl import app, flags
 from absl import logging as absl_logging
 
-from vit_nabirds import commands
-from vit_nabirds.cpus import with_large_pages
+from vit_nabirds.commands import flags_of as commands
 from vit_nabirds.errors import UserError, message_of
+from vit_nabirds.parallel.cpus import with_large_pages
 
 FLAGS = flags.FLAGS
 EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 75
@@ -49,11 +49,11 @@ def parse(argv: list[str]) -> list[str]:
         if "config" not in FLAGS or (isinstance(error, flags.Error) and "Traceback" not in str(error)):
             message = " ".join(str(error).split())
         else:
-            from vit_nabirds.config import explain
+            from vit_nabirds.config.fields import explain
 
             message = explain(error, argv)
         if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":  # one of many tasks: all end, and one of them says why
-            from vit_nabirds import cluster
+            from vit_nabirds.parallel import launchers as cluster
 
             with contextlib.suppress(UserError):
                 cluster.join()
@@ -80,7 +80,7 @@ def run(_argv: list[str]) -> int:
 
 def of_several() -> ModuleType | None:
     """`vit_nabirds.link` when there are other processes to tell; never imported for the sake of a message."""
-    link = sys.modules.get("vit_nabirds.link")
+    link = sys.modules.get("vit_nabirds.parallel.link")
     return None if link is None or link.is_alone() else link
 
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from vit_nabirds.cpus import MALLOC
+from vit_nabirds.parallel.cpus import MALLOC
 
 ROOT = Path(__file__).parent.parent
 ENDED = "ended with exit code"

@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from vit_nabirds.prepare import prepare
-from vit_nabirds.synthetic import draw_archive
+from vit_nabirds.data.prepare import prepare
+from vit_nabirds.data.synthetic import draw_archive
 
 folder, size, quick = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True"
 draw_archive(folder / "archive", species=8, train=10 if quick else 200, test=4)

@@ -33,7 +33,7 @@ def _measured(batches: Iterator, batch_size: int, count: int, skip: int = 10) ->
 def open_images(root: str | Path, packed: bool):
     from absl import flags
 
-    from vit_nabirds import data
+    from vit_nabirds.data import batches as data
 
     flags.FLAGS.mark_as_parsed()
     root = Path(root).resolve()
@@ -49,7 +49,7 @@ def open_images(root: str | Path, packed: bool):
 def _batches(images, batch_size: int) -> Iterator[dict]:
     import grain
 
-    from vit_nabirds import data
+    from vit_nabirds.data import batches as data
 
     return data.train_batches(images, batch_size, 0, 0, -1, grain.sharding.NoSharding())
 
@@ -69,7 +69,8 @@ def ours_packed(root: str, batch_size: int, count: int) -> Callable:
 def _augmented(packed: bool, root: str, batch_size: int, count: int) -> Callable:
     import jax
 
-    from vit_nabirds.augment import Normalization, augment, zscore
+    from vit_nabirds.models.normalization import Normalization, zscore
+    from vit_nabirds.recipe.augmentation import augment
 
     def batches() -> Iterator[jax.Array]:
         step = jax.jit(lambda images, key: zscore(augment(images, key, 224 * images.shape[1] // 269), Normalization()))

@@ -17,7 +17,9 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from vit_nabirds import devices, model, weights
+from vit_nabirds.models import vit as model
+from vit_nabirds.models.pretrained import checkpoint as weights
+from vit_nabirds.parallel import devices
 
 VIT_L = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
 

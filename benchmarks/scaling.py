@@ -34,9 +34,12 @@ def audit(devices: int, shape: dict, per_device: int) -> dict:
     import jax.numpy as jnp
     import optax
 
-    from vit_nabirds import checkpoint, model, state, train
-    from vit_nabirds import devices as devices_lib
-    from vit_nabirds.augment import Normalization
+    from vit_nabirds.models import vit as model
+    from vit_nabirds.models.normalization import Normalization
+    from vit_nabirds.parallel import devices as devices_lib
+    from vit_nabirds.runs import checkpoints as checkpoint
+    from vit_nabirds.training import loop as train
+    from vit_nabirds.training import state
 
     mesh = devices_lib.make_mesh()
     assert mesh.size == devices

@@ -63,9 +63,11 @@ def _ours(devices: int, shape: dict, batch_size: int, count: int) -> Callable:
     import numpy as np
     import optax
 
-    from vit_nabirds import devices as devices_lib
-    from vit_nabirds import model, state, train
-    from vit_nabirds.augment import Normalization
+    from vit_nabirds.models import vit as model
+    from vit_nabirds.models.normalization import Normalization
+    from vit_nabirds.parallel import devices as devices_lib
+    from vit_nabirds.training import loop as train
+    from vit_nabirds.training import state
 
     devices_lib.split_cpu(devices)
     mesh = devices_lib.make_mesh()

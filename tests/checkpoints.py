@@ -5,7 +5,7 @@ import json
 from reference_logits import drawn
 from safetensors.numpy import save_file
 
-from vit_nabirds import weights
+from vit_nabirds.models.pretrained import checkpoint as weights
 
 TINY = dict(
     hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8,

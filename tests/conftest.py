@@ -27,8 +27,8 @@ SHARED = Path(os.environ.get("VIT_NABIRDS_SHARED", REPOSITORY.parent / "shared")
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory) -> Path:
     """40 train and 15 test images of 4 species, 20 and 16 px: 15 does not divide by the batch of 8."""
-    from vit_nabirds.prepare import prepare
-    from vit_nabirds.synthetic import draw_archive
+    from vit_nabirds.data.prepare import prepare
+    from vit_nabirds.data.synthetic import draw_archive
 
     folder = tmp_path_factory.mktemp("birds")
     draw_archive(folder / "archive", species=4, train=10, test=4, size=(40, 60))

@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from vit_nabirds.archive import read_archive, read_archive_with_notes, species_of, with_species_ids
+from vit_nabirds.data.archive import read_archive, read_archive_with_notes, species_of, with_species_ids
 from vit_nabirds.errors import UserError
 
 FILES = {

@@ -5,9 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_nabirds import devices
-from vit_nabirds.augment import Normalization, augment, random_gamma, to_float, zscore
-from vit_nabirds.train import step_keys
+from vit_nabirds.models.normalization import Normalization, to_float, zscore
+from vit_nabirds.parallel import devices
+from vit_nabirds.recipe.augmentation import augment, random_gamma
+from vit_nabirds.training.loop import step_keys
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (12, 12, 3), np.uint8)
 

@@ -10,9 +10,11 @@ from conftest import SHARED
 from reference_logits import CASES, FILE, drawn, images
 from safetensors.flax import load_file, save_file
 
-from vit_nabirds import export, model, weights
+from vit_nabirds.commands import export
+from vit_nabirds.commands.predict import preprocessing
 from vit_nabirds.errors import UserError
-from vit_nabirds.predict import preprocessing
+from vit_nabirds.models import vit as model
+from vit_nabirds.models.pretrained import checkpoint as weights
 
 REFERENCE = np.load(FILE)
 REAL = SHARED / "dinov2-small"

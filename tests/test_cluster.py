@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vit_nabirds.cluster import Place, join, place_in_slurm
 from vit_nabirds.errors import UserError
+from vit_nabirds.parallel.launchers import Place, join, place_in_slurm
 
 REPOSITORY = Path(__file__).parent.parent
 STEP = {
@@ -85,7 +85,7 @@ def test_flags_that_say_no_place(place, message, monkeypatch):
 
 END = """
 import sys
-from vit_nabirds import link
+from vit_nabirds.parallel import link
 number, how = int(sys.argv[2]), sys.argv[3]
 link.meet(sys.argv[1], 3, number, timeout=10)
 print("met", flush=True)

@@ -11,7 +11,7 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from vit_nabirds import data
+from vit_nabirds.data import batches as data
 from vit_nabirds.errors import UserError
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vit_nabirds.pack import pack
+from vit_nabirds.data.pack import pack
 
 REPOSITORY = Path(__file__).parent.parent
 TRAINING = ["--", "--config=configs/birds60.py", "--workdir=runs/my birds"]

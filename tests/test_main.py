@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from vit_nabirds import data
-from vit_nabirds.monitor import read_evaluations, read_metrics
-from vit_nabirds.synthetic import draw_archive
+from vit_nabirds.data import batches as data
+from vit_nabirds.data.synthetic import draw_archive
+from vit_nabirds.runs.tracker import read_evaluations, read_metrics
 
 
 def trace(workdir):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vit_nabirds import model, state
+from vit_nabirds.models import vit as model
+from vit_nabirds.training import state
 
 SHAPE = dict(img_size=16, patch_size=8, num_layers=2, num_heads=2, mlp_dim=32, hidden_size=16)
 

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_nabirds import optimizer
-from vit_nabirds.config import default
+from vit_nabirds.config.fields import default
 from vit_nabirds.errors import UserError
+from vit_nabirds.recipe import optimizer
 
 
 def configured(**fields):

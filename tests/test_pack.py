@@ -16,9 +16,11 @@ import polars as pl
 import pytest
 from test_data import same, take
 
-from vit_nabirds import data, images, pack, prepare, processes
+from vit_nabirds.data import batches as data
+from vit_nabirds.data import images, pack, prepare
+from vit_nabirds.data.synthetic import draw_archive
 from vit_nabirds.errors import UserError
-from vit_nabirds.synthetic import draw_archive
+from vit_nabirds.parallel import locks
 
 SIZES = {"train_size": 20, "test_size": 16}
 
@@ -169,7 +171,7 @@ def test_files_without_an_index_are_packed_anew(prepared, packed, tmp_path):
 def test_two_do_not_pack_one_folder_at_a_time(prepared, tmp_path):
     root = shutil.copytree(prepared, tmp_path / "p")
     (root / "packed").mkdir()
-    with processes.lock(root / "packed" / "lock", "not this one"):
+    with locks.lock(root / "packed" / "lock", "not this one"):
         with pytest.raises(UserError, match="another process packs .*/p right now"):
             pack.pack(root)
     pack.pack(root)
@@ -179,7 +181,7 @@ def test_kill_9_and_a_rerun_give_what_an_undisturbed_run_gives(tmp_path):
     draw_archive(tmp_path / "archive", species=3, train=60, test=40)
     out, size = tmp_path / "p", {"train_size": 512, "test_size": 512}
     prepare.prepare(tmp_path / "archive", out, **size)
-    command = [sys.executable, "-c", "import sys; from vit_nabirds.pack import pack; pack(sys.argv[1])", out]
+    command = [sys.executable, "-c", "import sys; from vit_nabirds.data.pack import pack; pack(sys.argv[1])", out]
     process = subprocess.Popen(command, cwd=Path(__file__).parents[1], env=os.environ | {"SLURM_CPUS_PER_TASK": "1"})
     partial, deadline = out / "packed" / "train.npy.tmp", time.monotonic() + 60
     while not partial.exists() or partial.stat().st_size < 20 * 3 * 512**2:

@@ -6,7 +6,7 @@ import shutil
 import polars as pl
 import pytest
 
-from vit_nabirds.synthetic import draw_archive
+from vit_nabirds.data.synthetic import draw_archive
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\nshowpage\n%%EOF\n"
 

@@ -8,11 +8,13 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from vit_nabirds import Classifier, config, predict, weights
+from vit_nabirds import Classifier, config
+from vit_nabirds.commands import predict
+from vit_nabirds.commands.export import export
 from vit_nabirds.errors import UserError
-from vit_nabirds.export import export
-from vit_nabirds.run import open_run
-from vit_nabirds.train import train
+from vit_nabirds.models.pretrained import checkpoint as weights
+from vit_nabirds.runs.loading import open_run
+from vit_nabirds.training.loop import train
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +153,7 @@ def test_training_goes_on_from_an_export_with_its_head(exported, tiny_config, tm
 
 @pytest.mark.parametrize("size, pool, width", [(24, None, 16), (16, "cls+mean", 32)])
 def test_another_resolution_and_another_head(hf_folder, tiny_config, prepared, tmp_path, size, pool, width):
-    from vit_nabirds.prepare import prepare
+    from vit_nabirds.data.prepare import prepare
 
     prepare(prepared.parent / "archive", tmp_path / "birds", train_size=28, test_size=size)
     tiny_config.data.root = str(tmp_path / "birds")

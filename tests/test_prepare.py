@@ -14,11 +14,11 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from vit_nabirds.archive import read_archive
-from vit_nabirds.cpus import cpu_share
+from vit_nabirds.data.archive import read_archive
+from vit_nabirds.data.prepare import prepare
+from vit_nabirds.data.synthetic import draw_archive
 from vit_nabirds.errors import UserError
-from vit_nabirds.prepare import prepare
-from vit_nabirds.synthetic import draw_archive
+from vit_nabirds.parallel.cpus import cpu_share
 
 RED, GREEN, BLUE, GREY, BLACK = (220, 40, 40), (40, 180, 60), (40, 60, 200), (128, 128, 128), (0, 0, 0)
 
@@ -207,7 +207,7 @@ def painted_archive(tmp_path_factory) -> Path:
 
 def start_preparing(archive: Path, out: Path, size: int) -> subprocess.Popen:
     """One slow thread on large canvases, so that the run is still under way when a busy machine sees to us."""
-    command = "import sys; from vit_nabirds.prepare import prepare; size = int(sys.argv[3]);"
+    command = "import sys; from vit_nabirds.data.prepare import prepare; size = int(sys.argv[3]);"
     command += "prepare(*sys.argv[1:3], train_size=size, test_size=size, workers=1)"
     arguments = [sys.executable, "-c", command, archive, out, str(size)]
     return subprocess.Popen(arguments, cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True)

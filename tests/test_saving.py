@@ -16,8 +16,8 @@ import contextlib, os, resource, sys, threading
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 import jax.numpy as jnp
-from vit_nabirds import checkpoint
-from vit_nabirds.augment import Normalization
+from vit_nabirds.runs import checkpoints as checkpoint
+from vit_nabirds.models.normalization import Normalization
 about = checkpoint.About({}, {}, ["wren"], Normalization(), "data")
 state = {"step": jnp.zeros((), jnp.int32), "params": {"kernel": jnp.ones(8)}, "opt_state": {}}
 used = {}
@@ -55,8 +55,9 @@ def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(open_folder, par
     import jax
     import jax.numpy as jnp
 
-    from vit_nabirds import checkpoint, devices
-    from vit_nabirds.augment import Normalization
+    from vit_nabirds.models.normalization import Normalization
+    from vit_nabirds.parallel import devices
+    from vit_nabirds.runs import checkpoints as checkpoint
 
     state = {"step": jnp.zeros((), jnp.int32), "params": {"kernel": jnp.ones(8)}, "opt_state": {}}
     checkpoints = checkpoint.Checkpoints(open_folder / "checkpoints")

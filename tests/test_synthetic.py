@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_nabirds.archive import read_archive
+from vit_nabirds.data.archive import read_archive
+from vit_nabirds.data.synthetic import PLUMAGES, draw_archive, draw_bird
 from vit_nabirds.errors import UserError
-from vit_nabirds.synthetic import PLUMAGES, draw_archive, draw_bird
 
 
 def test_layout_is_that_of_the_real_archive(tmp_path):

@@ -17,14 +17,17 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vit_nabirds import checkpoint, devices, processes, train
-from vit_nabirds.augment import Normalization, augment
 from vit_nabirds.errors import UserError
-from vit_nabirds.evaluate import evaluate_run, make_eval_step
-from vit_nabirds.monitor import read_evaluations, read_metrics
-from vit_nabirds.run import open_run
-from vit_nabirds.selection import Selection
-from vit_nabirds.train import FINISHED, step_keys
+from vit_nabirds.evaluation.scoring import evaluate_run, make_eval_step
+from vit_nabirds.models.normalization import Normalization
+from vit_nabirds.parallel import devices
+from vit_nabirds.recipe.augmentation import augment
+from vit_nabirds.runs import checkpoints as checkpoint
+from vit_nabirds.runs.loading import open_run
+from vit_nabirds.runs.selection import Selection
+from vit_nabirds.runs.tracker import read_evaluations, read_metrics
+from vit_nabirds.training import loop as train
+from vit_nabirds.training.loop import FINISHED, step_keys
 
 STOPPED = 75
 
@@ -252,8 +255,9 @@ def test_evaluate_gives_the_numbers_of_training(undisturbed, tmp_path, capsys):
 
 def test_evaluation_counts_as_numpy_does(undisturbed, prepared):
     """The sums on the devices, over batches with a padded last one, against one plain pass."""
-    from vit_nabirds import data, model
-    from vit_nabirds.augment import to_float, zscore
+    from vit_nabirds.data import batches as data
+    from vit_nabirds.models import vit as model
+    from vit_nabirds.models.normalization import to_float, zscore
 
     about = checkpoint.newest(undisturbed / "checkpoints")[1]
     split = data.open_split(prepared, data.read_table(prepared), train=False)
@@ -461,8 +465,8 @@ def test_mistakes_are_told_before_anything_is_written(tiny_config, tmp_path, cas
 
 
 def test_another_run_in_the_same_workdir_is_refused(undisturbed, tiny_config, tmp_path):
-    from vit_nabirds.prepare import prepare
-    from vit_nabirds.synthetic import draw_archive
+    from vit_nabirds.data.prepare import prepare
+    from vit_nabirds.data.synthetic import draw_archive
 
     tiny_config.optimizer.learning_rate = 0.5
     with pytest.raises(UserError, match=r"optimizer.learning_rate: 0.01 -> 0.5"):
@@ -532,6 +536,6 @@ def test_damage_in_a_workdir_is_told(undisturbed, tiny_config, tmp_path):
 
 def test_a_workdir_in_which_another_process_trains_is_refused(undisturbed, tiny_config, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "run")
-    with processes.lock(tmp_path / "run" / "lock", "not this one"):
+    with locks.lock(tmp_path / "run" / "lock", "not this one"):
         with pytest.raises(UserError, match="another process trains in .*/run right now"):
             train.train(tiny_config, tmp_path / "run")

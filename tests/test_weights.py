@@ -15,9 +15,11 @@ from transformers import (
     ViTConfig,
 )
 
-from vit_nabirds import export, model, weights
-from vit_nabirds.augment import zscore
-from vit_nabirds.verify import verify
+from vit_nabirds.commands import export
+from vit_nabirds.commands.verify import verify
+from vit_nabirds.models import vit as model
+from vit_nabirds.models.normalization import zscore
+from vit_nabirds.models.pretrained import checkpoint as weights
 
 REAL = SHARED / "vit-small-patch14-224"
 

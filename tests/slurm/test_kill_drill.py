@@ -10,7 +10,7 @@ import time
 
 from real_slurm import TINY, Job, last_step, wait_until
 
-from vit_nabirds.monitor import read_metrics
+from vit_nabirds.runs.tracker import read_metrics
 
 HITS = int(os.environ.get("HITS", 12))
 STEPS = 20 * HITS

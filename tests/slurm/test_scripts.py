@@ -5,7 +5,7 @@ import subprocess
 
 from real_slurm import TINY, last_step, wait_until
 
-from vit_nabirds.monitor import read_evaluations
+from vit_nabirds.runs.tracker import read_evaluations
 
 
 def test_one_task_for_each_node_on_staged_data(slurm, prepared, tmp_path, monkeypatch):

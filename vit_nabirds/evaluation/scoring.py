@@ -13,11 +13,14 @@ import numpy as np
 import optax
 from flax import nnx
 
-from vit_nabirds import checkpoint, data, devices, model, preemption, processes
-from vit_nabirds.augment import Normalization, to_float, zscore
+from vit_nabirds.data import batches as data
 from vit_nabirds.errors import UserError
-from vit_nabirds.run import open_run
-from vit_nabirds.selection import METRIC
+from vit_nabirds.models import vit as model
+from vit_nabirds.models.normalization import Normalization, to_float, zscore
+from vit_nabirds.parallel import devices, preemption, processes
+from vit_nabirds.runs import checkpoints as checkpoint
+from vit_nabirds.runs.loading import open_run
+from vit_nabirds.runs.selection import METRIC
 
 log = logging.getLogger("vit_nabirds")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import ml_collections
 from ml_collections import config_dict
 
-from vit_nabirds.cpus import cpu_share
 from vit_nabirds.errors import UserError
+from vit_nabirds.parallel.cpus import cpu_share
 
 
 def default() -> ml_collections.ConfigDict:

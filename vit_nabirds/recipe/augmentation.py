@@ -1,28 +1,10 @@
-"""Augmentation and normalisation of uint8 batches, on the device, inside the jitted step."""
-
-import dataclasses
+"""Augmentation of uint8 batches, on the device, inside the jitted step."""
 
 import dm_pix as pix
 import jax
 import jax.numpy as jnp
 
-
-@dataclasses.dataclass(frozen=True)
-class Normalization:
-    """Mean and standard deviation of each channel, for pixels in [0, 1], as the checkpoint was trained with."""
-
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-
-
-def to_float(images: jax.Array) -> jax.Array:
-    """uint8 pixels -> float32 in [0, 1]."""
-    return images.astype(jnp.float32) / 255
-
-
-def zscore(images: jax.Array, normalization: Normalization) -> jax.Array:
-    """Pixels in [0, 1] -> zero mean and unit variance, channel by channel."""
-    return (images - jnp.array(normalization.mean)) / jnp.array(normalization.std)
+from vit_nabirds.models.normalization import to_float
 
 
 def augment(images: jax.Array, key: jax.Array, crop: int) -> jax.Array:

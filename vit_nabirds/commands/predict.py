@@ -18,13 +18,14 @@ import polars as pl
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from vit_nabirds import devices, weights
-from vit_nabirds.cpus import cpu_share
+from vit_nabirds.data.images import open_picture
+from vit_nabirds.data.prepare import fit
 from vit_nabirds.errors import UserError
-from vit_nabirds.images import open_picture
-from vit_nabirds.model import apply, describe, jit
-from vit_nabirds.prepare import fit
-from vit_nabirds.run import open_run
+from vit_nabirds.models.pretrained import checkpoint as weights
+from vit_nabirds.models.vit import apply, describe, jit
+from vit_nabirds.parallel import devices
+from vit_nabirds.parallel.cpus import cpu_share
+from vit_nabirds.runs.loading import open_run
 
 log = logging.getLogger("vit_nabirds")
 

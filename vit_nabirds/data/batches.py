@@ -15,10 +15,10 @@ import numpy as np
 import polars as pl
 from absl import flags
 
-from vit_nabirds.archive import with_species_ids
-from vit_nabirds.cpus import cpu_share
+from vit_nabirds.data.archive import with_species_ids
+from vit_nabirds.parallel.cpus import cpu_share
 from vit_nabirds.errors import UserError
-from vit_nabirds.images import ImageFiles, PackedImages, open_images, read_prepared
+from vit_nabirds.data.images import ImageFiles, PackedImages, open_images, read_prepared
 
 COLUMNS = ("path", "photographer", "is_training_img", "species_name")
 

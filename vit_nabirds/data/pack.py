@@ -15,8 +15,10 @@ import numpy as np
 import polars as pl
 from tqdm import tqdm
 
-from vit_nabirds import data, images, processes
-from vit_nabirds.cpus import cpu_share
+from vit_nabirds.data import batches as data
+from vit_nabirds.data import images
+from vit_nabirds.parallel import locks
+from vit_nabirds.parallel.cpus import cpu_share
 from vit_nabirds.errors import UserError, remedy_of
 
 _TEMPORARY, _CHECKSUMS = ".tmp", ".crc32"
@@ -28,7 +30,7 @@ def pack(out: str | Path) -> None:
     folder, table = out / "packed", data.read_table(out)
     try:
         folder.mkdir(exist_ok=True)
-        with processes.lock(folder / "lock", f"another process packs {out} right now: wait for its end."):
+        with locks.lock(folder / "lock", f"another process packs {out} right now: wait for its end."):
             complete = _is_complete(out, table)
             splits = {train: data.open_split(out, table, train) for train in (True, False)}
             if not complete:

@@ -18,7 +18,8 @@ def cluster_flags() -> None:
 
 
 def join_processes() -> None:
-    from vit_nabirds import cluster, processes
+    from vit_nabirds.parallel import launchers as cluster
+    from vit_nabirds.parallel import processes
 
     cluster.join(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, FLAGS.start_timeout)
     if not processes.is_writer():
@@ -38,7 +39,7 @@ def train_flags() -> None:
 
 def train() -> int:
     join_processes()
-    from vit_nabirds.train import train
+    from vit_nabirds.training.loop import train
 
     name = Path(FLAGS["config"].config_filename.split(":")[0]).stem
     return train(FLAGS.config, Path(FLAGS.workdir or f"runs/{name}"))
@@ -55,7 +56,7 @@ def prepare_flags() -> None:
 
 
 def prepare() -> int:
-    from vit_nabirds.prepare import prepare
+    from vit_nabirds.data.prepare import prepare
 
     geometry = dict(train_size=FLAGS.train_size, test_size=FLAGS.test_size, margin=FLAGS.margin)
     prepare(FLAGS.archive, FLAGS.out, metadata_only=FLAGS.metadata_only, pack=FLAGS.pack, **geometry)
@@ -71,7 +72,7 @@ def evaluate_flags() -> None:
 
 def evaluate() -> int:
     join_processes()
-    from vit_nabirds.evaluate import evaluate_run
+    from vit_nabirds.evaluation.scoring import evaluate_run
 
     return evaluate_run(Path(FLAGS.workdir), FLAGS.step, FLAGS.data_root)
 
@@ -89,7 +90,7 @@ def predict_flags() -> None:
 
 
 def predict() -> int:
-    from vit_nabirds.predict import predict
+    from vit_nabirds.commands.predict import predict
 
     source = dict(workdir=FLAGS.workdir, step=FLAGS.step, model=FLAGS.model)
     return predict(Path(FLAGS.images), Path(FLAGS.out), FLAGS.topk, **source)
@@ -102,7 +103,7 @@ def export_flags() -> None:
 
 
 def export() -> int:
-    from vit_nabirds.export import export
+    from vit_nabirds.commands.export import export
 
     export(Path(FLAGS.workdir), Path(FLAGS.out), FLAGS.step)
     return 0
@@ -116,7 +117,7 @@ def verify_flags() -> None:
 
 
 def verify() -> int:
-    from vit_nabirds.verify import verify
+    from vit_nabirds.commands.verify import verify
 
     return verify(FLAGS.checkpoint, FLAGS.image, FLAGS.figure and Path(FLAGS.figure), FLAGS.tolerance)
 

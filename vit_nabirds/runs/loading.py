@@ -8,9 +8,11 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from vit_nabirds import checkpoint, devices, model
+from vit_nabirds.runs import checkpoints as checkpoint
+from vit_nabirds.parallel import devices
+from vit_nabirds.models import vit as model
 from vit_nabirds.errors import UserError
-from vit_nabirds.selection import Selection
+from vit_nabirds.runs.selection import Selection
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import threading
 import time
 from typing import Self
 
-from vit_nabirds import processes
+from vit_nabirds.parallel import processes
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request with everything saved; run the same command again to go on
 SIGNALS = (signal.SIGTERM, signal.SIGINT)

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from vit_nabirds import weights
-from vit_nabirds.augment import Normalization
 from vit_nabirds.errors import UserError
-from vit_nabirds.run import Run, open_run
+from vit_nabirds.models.normalization import Normalization
+from vit_nabirds.models.pretrained import checkpoint as weights
+from vit_nabirds.runs.loading import Run, open_run
 
 log = logging.getLogger("vit_nabirds")
 

@@ -21,12 +21,12 @@ import polars as pl
 import simplejpeg
 from tqdm import tqdm
 
-from vit_nabirds.archive import read_archive_with_notes
-from vit_nabirds.cpus import cpu_share
+from vit_nabirds.data.archive import read_archive_with_notes
+from vit_nabirds.parallel.cpus import cpu_share
 from vit_nabirds.errors import UserError, remedy_of
-from vit_nabirds.images import PREPARED, open_picture
-from vit_nabirds.pack import discard as discard_pack
-from vit_nabirds.pack import pack as pack_images
+from vit_nabirds.data.images import PREPARED, open_picture
+from vit_nabirds.data.pack import discard as discard_pack
+from vit_nabirds.data.pack import pack as pack_images
 
 # What decides an image's pixels: a corrected name or label leaves finished images valid.
 _GEOMETRY = ["UUID", "path", "bb_x", "bb_y", "bb_width", "bb_height", "is_training_img"]

@@ -7,7 +7,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from vit_nabirds.config import Duration
+from vit_nabirds.config.fields import Duration
 from vit_nabirds.errors import UserError
 
 

@@ -15,12 +15,13 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import save_file
 
-from vit_nabirds import model, weights
+from vit_nabirds.commands.export import CLASSES
+from vit_nabirds.commands.predict import preprocessing, read_image
+from vit_nabirds.data.synthetic import PLUMAGES, draw_bird
 from vit_nabirds.errors import UserError
-from vit_nabirds.export import CLASSES
-from vit_nabirds.monitor import draw_grid
-from vit_nabirds.predict import preprocessing, read_image
-from vit_nabirds.synthetic import PLUMAGES, draw_bird
+from vit_nabirds.models import vit as model
+from vit_nabirds.models.pretrained import checkpoint as weights
+from vit_nabirds.runs.tracker import draw_grid
 
 log = logging.getLogger("vit_nabirds")
 

@@ -18,16 +18,23 @@ import numpy as np
 import optax
 from flax import nnx
 
-from vit_nabirds import checkpoint, compilation, data, devices, link, model, optimizer, preemption, processes, weights
 from vit_nabirds import config as config_lib
-from vit_nabirds import state as state_lib
-from vit_nabirds.augment import Normalization, augment, zscore
+from vit_nabirds.data import batches as data
+from vit_nabirds.data.prepare import prepare
+from vit_nabirds.data.synthetic import draw_archive
 from vit_nabirds.errors import UserError
-from vit_nabirds.evaluate import evaluate, make_eval_step, write_results
-from vit_nabirds.monitor import Monitor, Throughput
-from vit_nabirds.prepare import prepare
-from vit_nabirds.selection import Selection
-from vit_nabirds.synthetic import draw_archive
+from vit_nabirds.evaluation.scoring import evaluate, make_eval_step, write_results
+from vit_nabirds.models import vit as model
+from vit_nabirds.models.normalization import Normalization, zscore
+from vit_nabirds.models.pretrained import checkpoint as weights
+from vit_nabirds.parallel import devices, link, preemption, processes
+from vit_nabirds.recipe import optimizer
+from vit_nabirds.recipe.augmentation import augment
+from vit_nabirds.runs import checkpoints as checkpoint
+from vit_nabirds.runs import compilation
+from vit_nabirds.runs.selection import Selection
+from vit_nabirds.runs.tracker import Monitor, Throughput
+from vit_nabirds.training import state as state_lib
 
 log = logging.getLogger("vit_nabirds")
 
@@ -173,7 +180,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         workdir.mkdir(parents=True, exist_ok=True)
         if processes.is_writer():
             stack.enter_context(
-                processes.lock(
+                locks.lock(
                     workdir / "lock",
                     f"another process trains in {workdir} right now: wait for its end, or use another --workdir.",
                 )

@@ -14,7 +14,7 @@ import polars as pl
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from vit_nabirds.cpus import cpu_share
+from vit_nabirds.parallel.cpus import cpu_share
 from vit_nabirds.errors import UserError
 
 # In the folder packed/: where the index lies, the pack is complete.

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 
 import jax
 
-from vit_nabirds import link
 from vit_nabirds.errors import UserError
-from vit_nabirds.link import NODE
+from vit_nabirds.parallel import link
+from vit_nabirds.parallel.link import NODE
 
 START_TIMEOUT = 45  # seconds for all processes to meet
 

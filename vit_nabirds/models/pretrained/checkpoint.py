@@ -13,9 +13,9 @@ import ml_collections
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from vit_nabirds.augment import Normalization
-from vit_nabirds.config import SHAPE
+from vit_nabirds.config.fields import SHAPE
 from vit_nabirds.errors import UserError
+from vit_nabirds.models.normalization import Normalization
 
 log = logging.getLogger("vit_nabirds")
 

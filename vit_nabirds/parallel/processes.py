@@ -1,7 +1,6 @@
 """The processes of a job: how they wait for each other, and agree."""
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -9,13 +8,12 @@ import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
 from jax._src import distributed  # for its key-value store, which has no public name
 
-from vit_nabirds.config import flat
+from vit_nabirds.config.fields import flat
 from vit_nabirds.errors import UserError
-from vit_nabirds.link import is_alone, process_id
+from vit_nabirds.parallel.link import is_alone, process_id
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "dm-pix", "orbax-checkpoint", "numpy")  # that move results
 LONG = 24 * 3600 * 1000  # milliseconds; a peer that fails meanwhile ends the wait
@@ -80,15 +78,3 @@ def check_shared(file: Path) -> None:
             return
         time.sleep(0.1)
     raise UserError(f"{file.parent} is not the same folder on all nodes: give a --workdir on storage that they share.")
-
-
-def lock(file: Path, otherwise: str) -> TextIO:
-    """An open file that keeps other processes out, where its file system has locks; else UserError(otherwise)."""
-    opened = file.open("a")
-    try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(otherwise) from None
-    except OSError:  # without locks
-        pass
-    return opened

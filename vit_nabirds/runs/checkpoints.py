@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from vit_nabirds.augment import Normalization
+from vit_nabirds.models.normalization import Normalization
 from vit_nabirds.errors import UserError
 
 

@@ -6,7 +6,7 @@ import logging
 import zlib
 from pathlib import Path
 
-from vit_nabirds.checkpoint import write_json
+from vit_nabirds.runs.checkpoints import write_json
 
 log = logging.getLogger("vit_nabirds")
 

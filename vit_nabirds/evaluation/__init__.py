@@ -1,0 +1,1 @@
+"""Photographs scored by a trained model."""

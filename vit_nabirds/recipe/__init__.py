@@ -1,0 +1,1 @@
+"""What a training step does to images and parameters: one function for each part of the recipe."""

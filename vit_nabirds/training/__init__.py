@@ -1,0 +1,1 @@
+"""A run: everything checked, then the loop."""
