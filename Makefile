@@ -1,9 +1,14 @@
-# Two commands from a fresh clone, with nothing but Python >= 3.11, pip and make:
-#   make demo   trains the demonstration
-#   make test   runs the tests; make test-slurm those that start a Slurm of their own, make test-transformers5 those of
-#               checkpoints with transformers 5, which has no Flax classes to compare with
+# From a fresh clone, with nothing but Python >= 3.11, pip and make:
+#   make demo                train the demonstration
+#   make test                all tests that need no Slurm
+#   make test-slurm          the tests that start their own Slurm (skipped where it is not installed)
+#   make test-transformers5  the tests of checkpoints and predictions, with transformers 5
+#   make benchmarks          every benchmark with tiny models, to see that the scripts work
+#   make lint                ruff, and the import rules between the sub-packages
 PYTHON ?= python3
 VENV ?= .venv
+# Memory in pages of 2 MB: BUILD.md, "Large pages".
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python main.py
@@ -24,6 +29,7 @@ benchmarks: $(VENV)/ready
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports --no-cache
 
 $(VENV)/ready: requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
@@ -31,7 +37,7 @@ $(VENV)/ready: requirements.lock
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	touch $@
 
-# In a folder of its own, which hides the version of the lock.
+# In a separate folder, which comes before the locked version on PYTHONPATH.
 $(VENV)/transformers5: $(VENV)/ready
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --target $@ huggingface_hub==2.4.0
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --target $@ --no-deps \

@@ -14,8 +14,8 @@ from pathlib import Path
 from benchmarks import contest, inputs, loops, scaling, steps
 from vit_nabirds.errors import UserError
 
-VIT_S = dict(hidden_size=384, num_layers=12, num_heads=6, mlp_dim=1536, patch_size=16, img_size=224)
-TINY = dict(hidden_size=8, num_layers=12, num_heads=2, mlp_dim=16, patch_size=8, img_size=16)
+VIT_S = dict(hidden_size=384, num_layers=12, num_heads=6, mlp_dim=1536, patch_size=16, image_size=224)
+TINY = dict(hidden_size=8, num_layers=12, num_heads=2, mlp_dim=16, patch_size=8, image_size=16)
 PARTS = ("input", "host", "step", "loop", "scaling")
 
 
@@ -74,7 +74,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = options.data
         if root is None:
-            root, size = Path(folder) / "birds", shape["img_size"]
+            root, size = Path(folder) / "birds", shape["image_size"]
             subprocess.run([sys.executable, "-m", "benchmarks.draw", root, str(size), str(quick)], check=True)
         images = len(inputs.open_images(root, packed=True))
 
@@ -108,7 +108,7 @@ def main() -> None:
         if "step" in parts:
             arguments = dict(shape=shape, batch_size=batch_size, count=2)
             rows = measured["step"] = contest.run("steps", steps.SPEED, arguments, rounds, pythons)
-            table(f"Step, {shape['img_size']} px, {batch_size} images, float32, AdamW", rows)
+            table(f"Step, {shape['image_size']} px, {batch_size} images, float32, AdamW", rows)
             best = max(steps.SPEED[:2], key=lambda name: rows[name].get("images/s", 0))
             for theirs, goal in zip(steps.SPEED[2:5], (1.5, 1.2, 1.0), strict=True):
                 target(f"step ÷ {theirs}", ratio(rows, "images/s", best, theirs), goal)
@@ -120,7 +120,7 @@ def main() -> None:
 
             row = loops.run(str(root), images, shape, batch_size, 10 if quick else 30, bare, 1 if quick else 3)
             measured["loop"] = row
-            table("Training", {f"{shape['img_size']} px, {batch_size} images": row})
+            table("Training", {f"{shape['image_size']} px, {batch_size} images": row})
             target("train ÷ bare step", row["train ÷ bare step"], 0.97)
             target("p99 ÷ median step while saving", row["p99 s"] / row["p50 s"], 1.25, at_most=True)
             target("start to first step, warm ÷ cold cache", row["warm s"] / row["cold s"], 0.4, at_most=True)

@@ -13,9 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from vit_nabirds.parallel.cpus import MALLOC
-
 ROOT = Path(__file__).parent.parent
+MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # BUILD.md, Large pages
 ENDED = "ended with exit code"
 
 
@@ -25,8 +24,8 @@ def run(
     """{name: {quantity: median over the rounds}}; a contender that cannot run has the one entry `skipped`."""
     processes, results, starts = {}, {}, {}
     for name in names:
-        # Ours with the malloc that main.py gives itself, the peers as their users start them. Set in the environment,
-        # it is all contenders': torch gains nothing by it, the others that XLA compiles do.
+        # Ours in the environment that the Makefile and launch/ give it, the peers as their users start them. With this
+        # setting torch would gain nothing; the others, which XLA compiles, would.
         malloc = MALLOC if name.startswith("ours") else {}
         command = [pythons.get(name, sys.executable), "-m", "benchmarks.contest", module, name, json.dumps(arguments)]
         if cores:

@@ -33,7 +33,8 @@ def _measured(batches: Iterator, batch_size: int, count: int, skip: int = 10) ->
 def open_images(root: str | Path, packed: bool):
     from absl import flags
 
-    from vit_nabirds.data import batches as data
+    from vit_nabirds.data.photographs import open_split
+    from vit_nabirds.data.table import read_table
 
     flags.FLAGS.mark_as_parsed()
     root = Path(root).resolve()
@@ -43,15 +44,15 @@ def open_images(root: str | Path, packed: bool):
         for name in ("metadata.parquet", "cleaned_images"):
             (bare / name).symlink_to(root / name)
         root = bare
-    return data.open_split(root, data.read_table(root), train=True)
+    return open_split(root, read_table(root), train=True)
 
 
 def _batches(images, batch_size: int) -> Iterator[dict]:
     import grain
 
-    from vit_nabirds.data import batches as data
+    from vit_nabirds.data.batches import train_batches
 
-    return data.train_batches(images, batch_size, 0, 0, -1, grain.sharding.NoSharding())
+    return train_batches(images, batch_size, 0, 0, -1, grain.sharding.NoSharding())
 
 
 def ours(root: str, batch_size: int, count: int) -> Callable:
@@ -95,7 +96,7 @@ def decoding(root: str, batch_size: int, count: int) -> Callable:
     import simplejpeg
 
     images = open_images(root, packed=False)
-    files = [images.images.folder / path for path in images.paths]
+    files = [images.images.folder / path for path in images.images.paths]
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
 
     def decode(part: list[Path]) -> None:
@@ -142,7 +143,10 @@ def seed(root: str, batch_size: int, count: int) -> Callable:
             return len(images)
 
         def __getitem__(self, index: int) -> dict:
-            return {"img": iio.imread(images.images.folder / images.paths[index]), "species_id": images.labels[index]}
+            return {
+                "img": iio.imread(images.images.folder / images.images.paths[index]),
+                "species_id": images.labels[index],
+            }
 
     def transform(function: Callable) -> grain.MapTransform:
         class Transform(grain.MapTransform):

@@ -1,7 +1,6 @@
-"""Host memory while a checkpoint of ViT-L's size is loaded, as training loads it:  python -m benchmarks.loading [DTYPE]
+"""Host memory while training loads a checkpoint of ViT-L's size:  python -m benchmarks.loading [DTYPE]
 
-Peak resident memory beyond what was there before, in units of the checkpoint's size: 1 is the parameters themselves
-(in float32; twice a float16 file's size).
+Prints the growth of resident memory at its peak, less the parameters, in units of the file's size.
 """
 
 import json
@@ -17,16 +16,18 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from vit_nabirds.models import vit as model
-from vit_nabirds.models.pretrained import checkpoint as weights
+from vit_nabirds.models.model import describe
+from vit_nabirds.models.pretrained.checkpoint import open_checkpoint
+from vit_nabirds.models.pretrained.hf_config import DEFAULTS, architecture_of
+from vit_nabirds.models.pretrained.names import mapping
 from vit_nabirds.parallel import devices
 
 VIT_L = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
 
 
 def write_checkpoint(folder: Path, dtype: str) -> None:
-    architecture = weights.architecture_of(weights.DEFAULTS["vit"] | VIT_L | {"model_type": "vit"})
-    rows = [row for row in weights.mapping(architecture, 0) if "classifier" not in row.name]
+    architecture = architecture_of(DEFAULTS["vit"] | VIT_L | {"model_type": "vit"})
+    rows = [row for row in mapping(architecture, 0) if "classifier" not in row.name]
     draw = np.random.default_rng(0)
     tensors = {f"vit.{row.name}": draw.standard_normal(row.shape, np.float32).astype(dtype) for row in rows}
     save_file(tensors, folder / "model.safetensors")
@@ -35,7 +36,7 @@ def write_checkpoint(folder: Path, dtype: str) -> None:
 
 
 def resident() -> int:
-    """Bytes of this process in memory, those of mapped files among them."""
+    """Bytes of this process in memory, mapped files included."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
@@ -47,7 +48,7 @@ def main() -> None:
         subprocess.run([sys.executable, "-c", writer], check=True)
         size = (folder / "model.safetensors").stat().st_size
         mesh = devices.make_mesh()
-        checkpoint = weights.open_checkpoint(str(folder))
+        checkpoint = open_checkpoint(str(folder))
         architecture = checkpoint.architecture
         before, peak, done = resident(), 0, threading.Event()
 
@@ -61,11 +62,9 @@ def main() -> None:
         start = time.monotonic()
         loaded = checkpoint.load(architecture, [], lambda array: devices.replicate(array, mesh))
         del checkpoint
-        initial = jax.jit(
-            lambda loaded: model.initial_params(architecture, 404, 0) | loaded,
-            donate_argnums=0,
-            out_shardings=devices.replicated(mesh),
-        )
+        model = describe(architecture, 404)
+        options = dict(donate_argnums=0, out_shardings=devices.replicated(mesh))
+        initial = jax.jit(lambda loaded: model.initial_params(0) | loaded, **options)
         params = jax.block_until_ready(initial(loaded))
         seconds = time.monotonic() - start
         done.set()

@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.contest import ROOT
+from benchmarks.contest import MALLOC, ROOT
 
 CONFIG = """
 from vit_nabirds import config as config_lib
@@ -45,10 +45,10 @@ def _seconds_of_steps(workdir: Path, batch_size: int) -> dict[int, float]:
 def _until(step: int, command: list[str]) -> float:
     """Seconds from the command to the report of a step; then it is asked to stop, and saves."""
     start, seconds = time.perf_counter(), None
-    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"} | MALLOC
     process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE)
     for line in process.stderr:
-        if seconds is None and (told := re.search(r" step (\d+)/\d+: ", line)) and int(told[1]) >= step:
+        if seconds is None and (found := re.search(r" step (\d+)/\d+, ", line)) and int(found[1]) >= step:
             seconds = time.perf_counter() - start
             process.send_signal(signal.SIGTERM)
     process.wait()
@@ -62,7 +62,6 @@ def _p99(ascending: list[float]) -> float:
 
 def run(root: str, images: int, shape: dict, batch_size: int, steps: int, bare: callable, rounds: int) -> dict:
     """`bare` measures the images/s of the bare step; it is called before and after each training."""
-    shape = {("image_size" if name == "img_size" else name): value for name, value in shape.items()}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         (folder / "config.py").write_text(CONFIG.format(shape=shape, batch_size=batch_size))

@@ -31,39 +31,19 @@ def collectives(program: str) -> list[tuple[str, int]]:
 def audit(devices: int, shape: dict, per_device: int) -> dict:
     """Of the training step for `devices` devices of `per_device` images; run where XLA_FLAGS says so many devices."""
     import jax
-    import jax.numpy as jnp
-    import optax
 
-    from vit_nabirds.models import vit as model
-    from vit_nabirds.models.normalization import Normalization
+    from benchmarks.ours import batch_shapes, training_step
     from vit_nabirds.parallel import devices as devices_lib
-    from vit_nabirds.runs import checkpoints as checkpoint
-    from vit_nabirds.training import loop as train
-    from vit_nabirds.training import state
+    from vit_nabirds.runs.checkpoints import placed
 
     mesh = devices_lib.make_mesh()
     assert mesh.size == devices
-    graphdef, shapes = model.describe(shape, 404)
-    groups, tx = state.group(shapes, shapes), optax.adamw(1e-4)
-
-    def initial_state() -> dict:
-        return state.initial(model.initial_params(shape, 404, 0), tx, groups, groups)
-
-    like = checkpoint.placed(jax.eval_shape(initial_state), devices_lib.replicated(mesh))
-    size, total = round(1.2 * shape["img_size"]), devices * per_device
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    batch = {
-        "image": jax.ShapeDtypeStruct((total, size, size, 3), jnp.uint8, sharding=sharding),
-        "label": jax.ShapeDtypeStruct((total,), jnp.int32, sharding=sharding),
-        "row": jax.ShapeDtypeStruct((total,), jnp.int32, sharding=sharding),
-    }
-    step = train.make_train_step(
-        graphdef, tx, lambda _: 1e-4, groups, list(groups), Normalization(), shape["img_size"], 0
-    )
-    compiled = step.lower(like, batch).compile()
+    step, first_state = training_step(shape)
+    like = placed(jax.eval_shape(first_state), devices_lib.replicated(mesh))
+    compiled = step.lower(like, batch_shapes(shape, devices * per_device, mesh)).compile()
     found, memory = collectives(compiled.as_text()), compiled.memory_analysis()
     reduced = sum(size for kind, size in found if kind == "all-reduce")
-    parameters = sum(4 * x.size for x in shapes.values())
+    parameters = sum(4 * x.size for x in like.params.values())
     return {
         "devices": devices,
         "collectives": {kind: sum(k == kind for k, _ in found) for kind, _ in found},

@@ -15,7 +15,7 @@ PEAK = {"A100": 156, "H100": 495, "H200": 495, "L40S": 183}
 
 def _flops(shape: dict) -> int:
     """Of the products of all blocks for all tokens of one image, forwards and backwards."""
-    width, patches = shape["hidden_size"], (shape["img_size"] // shape["patch_size"]) ** 2
+    width, patches = shape["hidden_size"], (shape["image_size"] // shape["patch_size"]) ** 2
     layer = 2 * (patches + 1) * width * (4 * width + 2 * shape["mlp_dim"] + 2 * (patches + 1))
     return 3 * (shape["num_layers"] * layer + 2 * patches * 3 * shape["patch_size"] ** 2 * width)
 
@@ -57,35 +57,22 @@ def _measured(
     return measure
 
 
-def _ours(devices: int, shape: dict, batch_size: int, count: int) -> Callable:
-    """With augmentation of uint8 images 1.2 times as large, which the others do not do."""
+def _ours(cpu_devices: int, shape: dict, batch_size: int, count: int) -> Callable:
+    """With augmentation of uint8 images 1.2 times as large, which the others leave out."""
     import jax
     import numpy as np
-    import optax
 
-    from vit_nabirds.models import vit as model
-    from vit_nabirds.models.normalization import Normalization
-    from vit_nabirds.parallel import devices as devices_lib
-    from vit_nabirds.training import loop as train
-    from vit_nabirds.training import state
+    from benchmarks.ours import batch_shapes, training_step
+    from vit_nabirds.parallel import devices
 
-    devices_lib.split_cpu(devices)
-    mesh = devices_lib.make_mesh()
-    graphdef, shapes = model.describe(shape, 404)
-    groups = state.group(shapes, shapes)
-    tx = optax.adamw(1e-4, weight_decay=0.05)
-
-    def initial_state() -> dict:
-        return state.initial(model.initial_params(shape, 404, 0), tx, groups, groups)
-
-    held = jax.jit(initial_state, out_shardings=devices_lib.replicated(mesh))()
-    size = round(1.2 * shape["img_size"])
-    image = np.random.default_rng(0).integers(0, 256, (batch_size, size, size, 3), np.uint8)
+    devices.split_cpu(cpu_devices)
+    mesh = devices.make_mesh()
+    step, first_state = training_step(shape)
+    held = jax.jit(first_state, out_shardings=devices.replicated(mesh))()
+    shapes = batch_shapes(shape, batch_size, mesh)
+    image = np.random.default_rng(0).integers(0, 256, shapes["image"].shape, np.uint8)
     labels = np.arange(batch_size, dtype=np.int32)
-    batch = devices_lib.to_devices({"image": image, "label": labels, "row": labels}, mesh)
-    step = train.make_train_step(
-        graphdef, tx, lambda _: 1e-4, groups, list(groups), Normalization(), shape["img_size"], 0
-    )
+    batch = devices.to_devices({"image": image, "label": labels, "row": labels}, mesh)
     compiled = None
 
     def one() -> tuple:
@@ -120,7 +107,7 @@ def _seed(dropout: float, shape: dict, batch_size: int, count: int) -> Callable:
     import optax
     from flax import nnx
 
-    width, size, patch = shape["hidden_size"], shape["img_size"], shape["patch_size"]
+    width, size, patch = shape["hidden_size"], shape["image_size"], shape["patch_size"]
 
     class Block(nnx.Module):
         def __init__(self, rngs: nnx.Rngs):
@@ -185,13 +172,13 @@ def hugging_face_flax(shape: dict, batch_size: int, count: int) -> Callable:
     from transformers import FlaxViTForImageClassification, ViTConfig
 
     config = ViTConfig(
-        image_size=shape["img_size"], patch_size=shape["patch_size"], hidden_size=shape["hidden_size"],
+        image_size=shape["image_size"], patch_size=shape["patch_size"], hidden_size=shape["hidden_size"],
         num_hidden_layers=shape["num_layers"], num_attention_heads=shape["num_heads"],
         intermediate_size=shape["mlp_dim"], num_labels=404, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     vit = FlaxViTForImageClassification(config)
     tx = optax.adamw(1e-4, weight_decay=0.05)
-    images = jax.random.normal(jax.random.key(0), (batch_size, 3, shape["img_size"], shape["img_size"]))
+    images = jax.random.normal(jax.random.key(0), (batch_size, 3, shape["image_size"], shape["image_size"]))
     labels = jnp.arange(batch_size)
 
     def train_step(params: dict, opt_state: tuple) -> tuple:
@@ -219,12 +206,12 @@ def torch_with_timm(shape: dict, batch_size: int, count: int) -> Callable:
     import torch
 
     vit = timm.models.vision_transformer.VisionTransformer(
-        img_size=shape["img_size"], patch_size=shape["patch_size"], embed_dim=shape["hidden_size"],
+        img_size=shape["image_size"], patch_size=shape["patch_size"], embed_dim=shape["hidden_size"],
         depth=shape["num_layers"], num_heads=shape["num_heads"], num_classes=404,
         mlp_ratio=shape["mlp_dim"] / shape["hidden_size"],
     )  # fmt: skip
     optimizer = torch.optim.AdamW(vit.parameters(), 1e-4, weight_decay=0.05)
-    images = torch.randn(batch_size, 3, shape["img_size"], shape["img_size"])
+    images = torch.randn(batch_size, 3, shape["image_size"], shape["image_size"])
     labels = torch.arange(batch_size)
 
     def one() -> object:

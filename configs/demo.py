@@ -1,8 +1,8 @@
-"""A small ViT from random weights on birds that are drawn for it, on two devices made of one CPU.
+"""A small ViT, trained from random weights on birds that the program draws, with one CPU split into two devices.
 
     python main.py
 
-Measured on two CPU cores: 97.5 % of 240 test images after 300 steps, 1 min 8 s from the command to the end.
+Measured on two CPU cores: 97.5 % of 240 test photographs after 300 steps, 1 min 8 s from the command to the end.
 """
 
 from vit_nabirds import config as config_lib

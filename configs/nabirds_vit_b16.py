@@ -3,14 +3,15 @@
     python main.py prepare --archive=nabirds --out=data/nabirds
     python main.py --config=configs/nabirds_vit_b16.py --workdir=runs/nabirds_vit_b16
 
-The recipe of the course that this project grew from (SGD with Nesterov momentum 0.9, learning rate 1e-3 falling
-linearly to 0, batches of 8, 3 epochs), mended: 404 species instead of 405 and no label out of range, another draw of
-the augmentation for each image and epoch, another order in each epoch, the checkpoint's exact GELU, every test image
-scored.
+The recipe of the course that this project grew from: SGD with Nesterov momentum 0.9, a learning rate that falls
+linearly from 1e-3 to 0, batches of 8, 3 epochs. Corrected here: 404 species instead of 405, no label out of range, new
+random augmentation for each image and epoch, a new order in each epoch, the checkpoint's exact GELU, and every test
+photograph scored.
 
-Not measured here. Published by the course, with those faults: 81.4, 85.5 and 86.7 % after each epoch.
+Not measured here. The course published, with those faults, 81.4, 85.5 and 86.7 % after each epoch.
 
-More devices want larger batches, and with SGD a learning rate in proportion: on 32 devices of 8 images each,
+With more devices use larger batches, and with SGD scale the learning rate in proportion. For 32 devices with 8 images
+each:
     --config.batch_size=256 --config.optimizer.learning_rate=0.03 --config.optimizer.warmup="100 steps"
 """
 

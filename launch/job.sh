@@ -1,28 +1,28 @@
-# What every job does; the *.sbatch files source it, and differ in what they ask Slurm for. In the checkout:
-#   launch/train.sbatch [--dry-run] [--OPTION=VALUE of sbatch ...] -- --workdir=DIR [OPTION of training ...]
-# submits (or shows what would be submitted); `sbatch [OPTION ...] launch/train.sbatch --workdir=DIR ...` does too.
-# Of the environment:
-#   VENV            the virtual environment, .venv by default
-#   STAGE           a prepared folder, packed or in a .tar: brought to each node's own disk first, it becomes
-#                   config.data.root
-#   MAX_FRUITLESS   how often in a row the job is queued again without a newer checkpoint, 3 by default
+# The body of every job. The *.sbatch files source it; they differ only in the resources they request. In the checkout,
+#   launch/train.sbatch [--dry-run] [--OPTION=VALUE ...] -- --workdir=DIR [TRAINING OPTION ...]
+# submits a job, or with --dry-run shows what it would submit. Options before `--` go to sbatch, those after it to the
+# trainer. `sbatch [--OPTION=VALUE ...] launch/train.sbatch --workdir=DIR ...` works too. Environment variables:
+#   VENV            virtual environment (default: .venv)
+#   STAGE           prepared folder, packed or in a .tar file: copied to each node's local disk before the training and
+#                   used as config.data.root
+#   MAX_FRUITLESS   how many requeues in a row may pass without a new checkpoint (default: 3)
 set -uo pipefail
 die() { echo "error: $1" >&2; exit 2; }
 quoted() { printf ' %q' "$@"; echo; }
 
 submitting=no dry_run=no
 requested=("${resources[@]}")
-if [ -z "${SLURM_JOB_ID:-}" ] || [[ " $* " == *" -- "* ]]; then # inside an allocation too, when it is called by hand
+if [ -z "${SLURM_JOB_ID:-}" ] || [[ " $* " == *" -- "* ]]; then # also inside an allocation, when called by hand
     submitting=yes
     while [ $# -gt 0 ] && [ "$1" != -- ]; do
         case $1 in
             --dry-run) dry_run=yes ;;
             --*) requested+=("$1") ;;
-            *) die "'$1': write sbatch's options like --nodes=2, then --, then those of the training." ;;
+            *) die "'$1': write sbatch's options like --nodes=2, then --, then those of the trainer." ;;
         esac
         shift
     done
-    [ $# -gt 0 ] || die "usage: $job [--dry-run] [--OPTION=VALUE of sbatch ...] -- --workdir=DIR [OPTION of training ...]"
+    [ $# -gt 0 ] || die "usage: $job [--dry-run] [--OPTION=VALUE of sbatch ...] -- --workdir=DIR [TRAINING OPTION ...]"
     shift
 fi
 
@@ -30,17 +30,17 @@ workdir=
 for argument in "$@"; do
     case $argument in --workdir=?*) workdir=${argument#*=} ;; esac
 done
-[ -n "$workdir" ] || die "give the training a --workdir=DIR, on storage that all nodes share."
+[ -n "$workdir" ] || die "give the trainer a --workdir=DIR on storage that all nodes share."
 [ ${#variant[@]} -eq 0 ] || workdir=$workdir/${variant[0]#--config.optimizer.}
 limit=${MAX_FRUITLESS:-3}
 [[ $limit =~ ^[0-9]+$ ]] || die "MAX_FRUITLESS is '$limit': give a number."
 training=(python main.py train "$@" "${variant[@]}" "--workdir=$workdir")
 if [ -n "${STAGE:-}" ]; then
     [[ -f $STAGE && $STAGE == *.tar || -f $STAGE/packed/index.parquet ]] ||
-        die "STAGE=$STAGE is no .tar file (tar -cf birds.tar -C FOLDER_ABOVE birds makes one) and no folder that is packed (main.py prepare --pack)."
+        die "STAGE=$STAGE is neither a .tar file (tar -cf birds.tar -C PARENT_FOLDER birds makes one) nor a packed folder (main.py prepare --pack)."
     training+=("--config.data.root=${SLURM_TMPDIR:-${TMPDIR:-/tmp}/vit-nabirds-$UID}/$(basename "$STAGE" .tar)")
 fi
-# A failing process ends the others itself, with its own message; srun does when that takes over half a minute.
+# A process that fails ends the others itself, with one message; srun ends them if that takes more than 30 s.
 step=(srun ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=0 --wait=30)
 
 if [ $submitting = yes ]; then
@@ -67,9 +67,10 @@ fi
 environment=${VENV:-.venv}/bin/activate
 [ -f "$environment" ] || die "there is no virtual environment ${VENV:-.venv}: see BUILD.md, or set VENV."
 source "$environment"
+export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1} # memory in pages of 2 MB: BUILD.md
 mkdir -p "$workdir" || exit 1
 preempted=no
-trap 'preempted=yes' TERM # it comes to this shell too, which has yet to ask for the job's return to the queue
+trap 'preempted=yes' TERM # preemption signals this shell too, but it must live on to requeue the job
 code=0
 if [ -n "${STAGE:-}" ]; then
     srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 launch/stage_data.sh "$STAGE" || code=$?
@@ -80,26 +81,26 @@ if [ $code -eq 0 ]; then
     code=$?
 fi
 
-# 75: stopped on request, all saved. 128 and above: a process was killed. Anything else has come to its end.
+# 75: stopped on request, everything saved. 128 and above: a process was killed. Any other code is final.
 if [ $code -ne 75 ] && [ $code -lt 128 ]; then exit $code; fi
-this=$SLURM_JOB_ID # of an array's last task, it would mean the whole array
+this=$SLURM_JOB_ID # for the last task of an array it names the whole array
 [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || this=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 newest=$(ls "$workdir/checkpoints" 2> /dev/null | grep -x '[0-9]*' | sort -n | tail -n 1)
 mark="job=$this step=${newest:-none}"
 echo "$mark exit=$code $(date +%FT%T)" >> "$workdir/restarts.log"
 if [ "$(tail -n $((limit + 1)) "$workdir/restarts.log" | grep -c "^$mark ")" -gt "$limit" ]; then
-    echo "error: ended $((limit + 1)) times in a row at step ${newest:-none} (exit code $code): not queued again." >&2
+    echo "error: ended $((limit + 1)) times in a row at step ${newest:-none} (exit code $code): not requeued." >&2
     exit $code
 fi
-# A job that ends by itself inside the grace time of its preemption is not queued again by Slurm.
+# Slurm does not requeue a preempted job that exits by itself within the grace time.
 for pause in 5 20 60; do # the controller may be busy
     if state=$(scontrol show job --oneliner "$this"); then
-        # cancelled, queued again by Slurm, or submitted with --no-requeue
+        # cancelled, already requeued by Slurm, or submitted with --no-requeue
         [[ $state == *" JobState=RUNNING "* && $state == *" Requeue=1 "* ]] || exit $code
-        echo "asking Slurm for another turn, to go on from step ${newest:-0}"
+        echo "requeueing the job to resume from step ${newest:-0}"
         scontrol requeue "$this" && exit $code
     fi
     sleep $pause
 done
-echo "error: Slurm does not take the job back: submit the same command again." >&2
+echo "error: Slurm did not requeue the job: submit the same command again." >&2
 exit $code

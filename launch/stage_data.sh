@@ -1,18 +1,18 @@
 #!/bin/bash
-# A prepared folder, packed or in a .tar, comes to this node's own disk; once, however many tasks ask:
+# Copies a prepared folder, packed or in a .tar file, to the local disk of this node: once, however many tasks ask.
 #   launch/stage_data.sh data/nabirds.tar
 #   launch/stage_data.sh data/nabirds
 set -euo pipefail
 archive=$1
 disk=${SLURM_TMPDIR:-${TMPDIR:-/tmp}/vit-nabirds-$UID}
 name=$(basename "$archive" .tar)
-about=("$archive"/{metadata.parquet,prepared.json,packed/index.parquet}) # small; of a pack, the index is written last
+about=("$archive"/{metadata.parquet,prepared.json,packed/index.parquet}) # small; the index is written last
 if [ -f "${about[2]}" ]; then
     files=("${about[@]}") how="copied to"
 elif [ -f "$archive" ]; then
     files=("$archive") how="unpacked in"
 else
-    echo "error: $archive is no .tar file and no folder that is packed (main.py prepare --pack)" >&2
+    echo "error: $archive is neither a .tar file nor a packed folder (main.py prepare --pack)" >&2
     exit 1
 fi
 mapfile -t files < <(realpath "${files[@]}")
@@ -27,11 +27,11 @@ if [ ! -e "$disk/.$name.staged" ]; then
         cp "$archive"/packed/{train.npy,test.npy,index.parquet} "$disk/$name/packed"
     else
         tar -xf "$archive" -C "$disk"
-        [ -d "$disk/$name" ] || { echo "error: $archive holds no folder $name: tar -cf $name.tar -C FOLDER_ABOVE $name" >&2; exit 1; }
+        [ -d "$disk/$name" ] || { echo "error: $archive does not hold a folder $name: make it with tar -cf $name.tar -C PARENT_FOLDER $name" >&2; exit 1; }
     fi
     echo "$this" > "$disk/.$name.staged"
     echo "$(hostname): $archive is $how $disk/$name"
 elif [ "$(cat "$disk/.$name.staged")" != "$this" ]; then
-    echo "error: $(hostname): $disk/$name is of another archive ($(cat "$disk/.$name.staged")): delete $disk/$name and $disk/.$name.staged" >&2
+    echo "error: $(hostname): $disk/$name was made from another archive ($(cat "$disk/.$name.staged")): delete $disk/$name and $disk/.$name.staged" >&2
     exit 1
 fi

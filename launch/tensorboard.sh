@@ -1,5 +1,5 @@
 #!/bin/bash
-# TensorBoard on this machine, reachable from yours alone, through a tunnel:
+# TensorBoard for this machine alone, and the ssh command that opens a tunnel to it.
 #   launch/tensorboard.sh [FOLDER OF RUNS] [PORT]
 set -euo pipefail
 runs=${1:-runs}

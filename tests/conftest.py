@@ -56,6 +56,19 @@ def tiny_config(prepared):
     return config
 
 
+@pytest.fixture(scope="session")
+def undisturbed(prepared, tmp_path_factory) -> Path:
+    """The workdir of a whole run of 20 steps on two devices. Copy it to change it."""
+    from tiny_config import get_config
+    from tiny_runs import FINISHED, train
+
+    config = get_config()
+    config.data.root = str(prepared)
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    assert train(config, workdir) == FINISHED
+    return workdir
+
+
 @pytest.fixture
 def hf_folder(tmp_path) -> Path:
     """A checkpoint folder in PyTorch's naming, as the Hub holds them."""
@@ -67,13 +80,27 @@ def hf_folder(tmp_path) -> Path:
     return folder
 
 
+# The same commands, stopped when a line with the text of the first argument is logged.
+STOPPED_AT = """
+import sys
+from tiny_runs import at, terminate
+from vit_nabirds.cli import main
+with at(sys.argv[1], terminate):
+    sys.exit(main(sys.argv[2:]))
+"""
+
+
 @pytest.fixture
 def main(prepared, tmp_path):
     """Runs `python main.py ...` in a process of its own."""
 
-    def run(*arguments: str, devices: int = 1, start_only: bool = False, **options):
-        environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        command = [sys.executable, str(REPOSITORY / "main.py"), *map(str, arguments)]
+    def run(*arguments: str, devices: int = 1, stop_at: str | None = None, start_only: bool = False, **options):
+        environment = os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}",
+        }
+        program = ["-c", STOPPED_AT, stop_at] if stop_at else [REPOSITORY / "main.py"]
+        command = [sys.executable, *map(str, [*program, *arguments])]
         options = dict(env=environment, text=True, cwd=tmp_path) | options
         if start_only:
             return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)

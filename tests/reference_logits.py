@@ -1,6 +1,6 @@
-"""What transformers' torch classes compute with drawn weights, for a test environment that has no torch.
+"""Logits of transformers' torch classes with random weights, for a test environment without torch.
 
-Made anew in an environment of its own (`pip install torch==2.14.1 transformers==4.57.6`) by
+To compute them again, in a separate environment (`pip install torch==2.14.1 transformers==4.57.6`):
 
     python tests/reference_logits.py [FOLDER OF A DINOV2-SMALL]
 """
@@ -13,7 +13,7 @@ import numpy as np
 
 FILE = Path(__file__).with_name("reference_logits.npz")
 SMALL = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, num_labels=6)
-# Name: model_type, fields of its config.json. Images have 224 px: where image_size has not, positions are resized.
+# Name: model_type, fields of its config.json. Images have 224 px; positions for another image_size are resized.
 CASES = {
     "vit without bias": ("vit", SMALL | dict(intermediate_size=96, qkv_bias=False, patch_size=16)),
     "vit, resized": ("vit", SMALL | dict(intermediate_size=96, image_size=96, patch_size=16)),
@@ -28,7 +28,7 @@ CASES = {
 
 
 def drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """float32 values for the tensor of this name: near 1 where it multiplies, else large enough to matter."""
+    """Random float32 values that depend on the name: near 1 for scales, else large enough to matter."""
     values = np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape)
     scales = ("lambda1", "norm.weight", "norm1.weight", "norm2.weight", "before.weight", "after.weight")
     return (1 + 0.2 * values if name.endswith(scales) else 0.1 * values).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Text files of an archive -> one table: NABirds' quirks, and a clear message for every contradiction."""
+"""The text files of an archive become one table: NABirds' oddities, and a clear message for every contradiction."""
 
 import os
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from vit_nabirds.data.archive import read_archive, read_archive_with_notes, species_of, with_species_ids
+from vit_nabirds.data.archive import read_archive, species_of, with_species_ids
 from vit_nabirds.errors import UserError
 
 FILES = {
@@ -37,7 +37,7 @@ FILES = {
 
 
 def write(folder: Path, newline: str = "\n", **changed: list[str] | None) -> Path:
-    """The archive of FILES; `images=[...]` replaces the rows of images.txt, None leaves the file out."""
+    """Write FILES; `images=[...]` replaces the rows of images.txt, None leaves the file out."""
     folder.mkdir(exist_ok=True)
     for name, rows in (FILES | {f"{name}.txt": rows for name, rows in changed.items()}).items():
         if rows is not None:
@@ -45,8 +45,8 @@ def write(folder: Path, newline: str = "\n", **changed: list[str] | None) -> Pat
     return folder
 
 
-def test_table_has_a_row_a_photograph_in_the_order_of_images_txt(tmp_path):
-    table = read_archive(write(tmp_path))
+def test_table_has_a_row_per_photograph_in_the_order_of_images_txt(tmp_path):
+    table, _ = read_archive(write(tmp_path))
     assert table.columns == [
         "UUID", "bb_x", "bb_y", "bb_width", "bb_height", "class_id", "subcategory", "path", "photographer",
         "width", "height", "is_training_img", "species_name", "species_id",
@@ -65,8 +65,8 @@ def test_table_has_a_row_a_photograph_in_the_order_of_images_txt(tmp_path):
     ]
 
 
-def test_plumages_are_one_species_with_ids_from_zero_in_order_of_name(tmp_path):
-    table = read_archive(write(tmp_path))
+def test_plumages_are_one_species_and_ids_follow_the_names_from_zero(tmp_path):
+    table, _ = read_archive(write(tmp_path))
     assert table["species_name"].to_list() == [
         "Blue-winged Teal",
         "Blue-winged Teal",
@@ -79,7 +79,7 @@ def test_plumages_are_one_species_with_ids_from_zero_in_order_of_name(tmp_path):
 
 
 def test_boxes_are_clamped_to_their_image_and_counted(tmp_path):
-    table, notes = read_archive_with_notes(write(tmp_path))
+    table, notes = read_archive(write(tmp_path))
     boxes = table.select("bb_x", "bb_y", "bb_width", "bb_height").rows()
     assert boxes == [(10, 20, 30, 40), (0, 0, 45, 54), (90, 10, 10, 70), (0, 0, 100, 80), (1, 1, 1, 1)]
     # The hawk is in the train split only, the nutcracker in the test split only.
@@ -87,13 +87,13 @@ def test_boxes_are_clamped_to_their_image_and_counted(tmp_path):
 
 
 def test_crlf_blank_lines_and_a_byte_order_mark_change_nothing(tmp_path):
-    plain = read_archive(write(tmp_path / "plain"))
+    plain, _ = read_archive(write(tmp_path / "plain"))
     rows = FILES["sizes.txt"]
     other = write(tmp_path / "other", "\r\n", sizes=["\ufeff" + rows[0], *rows[1:], "", "  "])
-    assert read_archive(other).equals(plain)
+    assert read_archive(other)[0].equals(plain)
 
 
-def test_labels_of_a_course_notebook_are_made_anew():
+def test_labels_of_the_course_notebook_are_replaced():
     course = pl.DataFrame(
         {"species_name": ["Green-winged Teal ", "Mallard", "Green-winged Teal"], "species_id": [2, 3, 1]},
         schema_overrides={"species_id": pl.UInt64},
@@ -121,14 +121,17 @@ def replaced(name: str, row: int, text: str) -> dict:
         ({"sizes": None}, r"no sizes.txt in it"),
         ({"images": [""]}, r"images.txt: it lists no photograph"),
         (replaced("images", 2, "u-2"), r"images.txt, row 2: 'u-2' is not of the form <UUID> <path>"),
-        (replaced("images", 3, "u-1 0/x.jpg"), r"images.txt, row 1: UUID u-1 stands in two rows"),
-        (replaced("images", 3, "u-3 0617/u1.jpg"), r"images.txt, row 1: path 0617/u1.jpg stands in two rows"),
+        (replaced("images", 3, "u-1 0/x.jpg"), r"images.txt, row 1: UUID u-1 is in two rows"),
+        (replaced("images", 3, "u-3 0617/u1.jpg"), r"images.txt, row 1: path 0617/u1.jpg is in two rows"),
         (replaced("images", 3, "u-3 ../u3.jpg"), r"images.txt, row 3: path ../u3.jpg is not of the form"),
         (replaced("images", 3, "u-3 /etc/u3.jpg"), r"images.txt, row 3: path /etc/u3.jpg is not of the form"),
         (replaced("sizes", 4, "u-4 100"), r"sizes.txt, row 4: 'u-4 100' is not of the form <UUID> <width> <height>"),
         (replaced("sizes", 4, "u-4 100 8O"), r"sizes.txt, row 4: 'u-4 100 8O'"),
         (replaced("sizes", 4, "u-9 100 80"), r"images.txt, row 4: u-4 has no row in sizes.txt"),
-        (replaced("photographers", 5, "u-5"), r"photographers.txt, row 5: 'u-5' is not of the form <UUID> <name>"),
+        (
+            replaced("photographers", 5, "u-5"),
+            r"photographers.txt, row 5: 'u-5' is not of the form <UUID> <photographer>",
+        ),
         ({"photographers": FILES["photographers.txt"][1:]}, r"row 1: u-1 has no row in photographers.txt"),
         ({"bounding_boxes": FILES["bounding_boxes.txt"][:3]}, r"row 4: u-4 has no row in bounding_boxes.txt.*1 more"),
         (replaced("bounding_boxes", 5, "u-5 1 1 1"), r"bounding_boxes.txt, row 5: 'u-5 1 1 1'"),
@@ -136,24 +139,24 @@ def replaced(name: str, row: int, text: str) -> dict:
         (replaced("bounding_boxes", 5, "u-5 100 1 9 9"), r"bounding_boxes.txt, row 5: the box of u-5 has no area"),
         (replaced("bounding_boxes", 5, "u-5 9 9 9 -1"), r"bounding_boxes.txt, row 5: the box of u-5 has no area"),
         (replaced("image_class_labels", 2, "u-4 999"), r"labels.txt, row 2: class id 999 of u-4 is not in classes"),
-        (replaced("classes", 2, "0 Ducks"), r"classes.txt, row 1: class_id 0 stands in two rows"),
+        (replaced("classes", 2, "0 Ducks"), r"classes.txt, row 1: class_id 0 is in two rows"),
         (replaced("train_test_split", 2, "u-2 2"), r"train_test_split.txt, row 2: 'u-2 2' is not of the form"),
         ({"train_test_split": [f"u-{n} 1" for n in range(1, 6)]}, r"train_test_split.txt: no test photograph"),
         ({"train_test_split": [f"u-{n} 0" for n in range(1, 6)]}, r"train_test_split.txt: no train photograph"),
     ],
 )
-def test_a_contradiction_is_told_with_file_and_row(tmp_path, changed, message):
+def test_errors_name_the_file_and_the_row(tmp_path, changed, message):
     with pytest.raises(UserError, match=message):
         read_archive(write(tmp_path, **changed))
 
 
-def test_a_photograph_may_be_left_out_by_deleting_its_row_of_images_txt(tmp_path):
-    table = read_archive(write(tmp_path, images=FILES["images.txt"][1:]))
+def test_deleting_a_row_of_images_txt_leaves_a_photograph_out(tmp_path):
+    table, _ = read_archive(write(tmp_path, images=FILES["images.txt"][1:]))
     assert table["UUID"].to_list() == ["u-2", "u-3", "u-4", "u-5"]
     assert table["species_id"].to_list() == [0, 3, 1, 2]
 
 
-def test_missing_folder_and_undecodable_file(tmp_path):
+def test_missing_folders_and_files_that_are_not_utf_8_are_errors(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         read_archive(tmp_path / "nowhere")
     write(tmp_path)
@@ -162,12 +165,12 @@ def test_missing_folder_and_undecodable_file(tmp_path):
         read_archive(tmp_path)
 
 
-def test_the_whole_real_archive(tmp_path):
+def test_the_real_archive_is_read_as_a_whole(tmp_path):
     shared = Path(os.environ.get("VIT_NABIRDS_SHARED", Path(__file__).parents[2] / "shared"))
     if not (shared / "nabirds_metadata.tar.xz").exists():
         pytest.skip("set VIT_NABIRDS_SHARED to a folder with nabirds_metadata.tar.xz, the archive's text files")
     shutil.unpack_archive(shared / "nabirds_metadata.tar.xz", tmp_path)
-    table, notes = read_archive_with_notes(next(tmp_path.rglob("images.txt")).parent)
+    table, notes = read_archive(next(tmp_path.rglob("images.txt")).parent)
     assert (table.height, table["is_training_img"].sum(), table["class_id"].n_unique()) == (48562, 23929, 555)
     assert sorted(table["species_id"].unique()) == list(range(404))
     assert table.null_count().sum_horizontal().item() == 0

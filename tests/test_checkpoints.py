@@ -1,8 +1,7 @@
-"""Checkpoint folders of every kind: parity with transformers' torch classes, and what does not fit."""
+"""Checkpoint folders of every kind: parity with transformers' torch classes, and errors for broken ones."""
 
 import json
 
-import jax
 import numpy as np
 import pytest
 from checkpoints import save_drawn, save_tiny
@@ -10,24 +9,25 @@ from conftest import SHARED
 from reference_logits import CASES, FILE, drawn, images
 from safetensors.flax import load_file, save_file
 
-from vit_nabirds.commands import export
-from vit_nabirds.commands.predict import preprocessing
 from vit_nabirds.errors import UserError
-from vit_nabirds.models import vit as model
-from vit_nabirds.models.pretrained import checkpoint as weights
+from vit_nabirds.models.model import describe
+from vit_nabirds.models.normalization import Normalization
+from vit_nabirds.models.pretrained.checkpoint import find_checkpoint, open_checkpoint
+from vit_nabirds.models.pretrained.export import save_checkpoint
+from vit_nabirds.models.pretrained.hf_config import DEFAULTS
 
 REFERENCE = np.load(FILE)
 REAL = SHARED / "dinov2-small"
 
 
 def logits(architecture, params, pixels, num_classes):
-    graphdef, _ = model.describe(architecture, num_classes)
-    return np.asarray(jax.jit(lambda p, x: model.apply(graphdef, p, x))(params, pixels))
+    model = describe(architecture, num_classes)
+    return np.asarray(model.jit(model.logits)(params, pixels))
 
 
 def load(folder, size=None, labels=None):
-    checkpoint = weights.open_checkpoint(str(folder))
-    architecture = checkpoint.architecture | {"img_size": size or checkpoint.architecture["img_size"]}
+    checkpoint = open_checkpoint(str(folder))
+    architecture = checkpoint.architecture | {"image_size": size or checkpoint.architecture["image_size"]}
     return architecture, checkpoint.load(architecture, checkpoint.labels if labels is None else labels)
 
 
@@ -45,14 +45,14 @@ def test_logits_and_resized_positions_equal_those_of_torch(case, tmp_path):
 def test_real_dinov2_gives_the_features_of_torch_and_of_the_vit_made_from_it():
     def features(folder):
         architecture, params = load(folder, 224, labels=[])
-        graphdef, shapes = model.describe(architecture | {"pool": "cls"}, 1)
-        params |= {path: np.zeros(shapes[path].shape) for path in shapes if path not in params}
-        return jax.jit(lambda p, x: model.bind(graphdef, p).features(x))(params, images())
+        model = describe(architecture | {"pool": "cls"}, 1)
+        params = {path: np.zeros(like.shape) for path, like in model.shapes.items()} | params
+        return model.jit(lambda params, x: model.bind(params).features(x))(params, images())
 
     ours = features(REAL)
     np.testing.assert_allclose(ours, REFERENCE["dinov2-small"], atol=1e-4)
-    # This one is stored in float16; rounding the other's weights to float16 moves its features as far, 1.1e-3 of the
-    # largest on photographs.
+    # The ViT is stored in float16. Rounding the DINOv2's weights to float16 moves its features as far: on photographs,
+    # by 1.1e-3 of the largest.
     theirs = features(SHARED / "vit-small-patch14-224")
     assert np.abs(ours - theirs).max() < 2e-3 * np.abs(theirs).max()
 
@@ -79,7 +79,7 @@ def edit_tensors(folder, change):
 
 
 def shard(folder):
-    """Split model.safetensors in two, with the index that the Hub's large checkpoints have."""
+    """Split model.safetensors in two with an index, as the Hub's large checkpoints are."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     parts = {"model-00001-of-00002.safetensors": 0, "model-00002-of-00002.safetensors": 1}
@@ -118,7 +118,7 @@ def test_every_form_of_the_tensors_gives_the_same_parameters(folder, change):
         np.testing.assert_allclose(after[path], value, rtol=1e-2, atol=0)
 
 
-def test_the_classifier_is_loaded_for_its_own_species_alone_in_any_order(folder):
+def test_the_classifier_is_loaded_only_for_its_own_species_in_any_order(folder):
     _, params = load(folder)
     _, turned = load(folder, labels=["LABEL_2", "LABEL_0", "LABEL_1"])
     np.testing.assert_array_equal(turned["classifier/bias"], params["classifier/bias"][[2, 0, 1]])
@@ -140,9 +140,9 @@ def test_the_log_says_what_became_of_each_tensor(folder, caplog):
     ]
 
 
-@pytest.mark.parametrize("model_type", weights.DEFAULTS)
+@pytest.mark.parametrize("model_type", DEFAULTS)
 @pytest.mark.parametrize("pool", ["cls", "cls+mean"])
-def test_what_is_exported_loads_as_it_was_and_exports_as_it_was(model_type, pool, tmp_path):
+def test_an_export_loads_with_the_same_logits_and_exports_to_the_same_files(model_type, pool, tmp_path):
     for name in ("made", "first", "second"):
         (tmp_path / name).mkdir()
     fields = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8)
@@ -154,8 +154,8 @@ def test_what_is_exported_loads_as_it_was_and_exports_as_it_was(model_type, pool
     pixels = images()[:, :16, :16]
     expected = logits(architecture, params, pixels, 3)
     for name in ("first", "second"):
-        normalization = weights.Normalization()
-        export.save_checkpoint(tmp_path / name, architecture, params, ["a", "b", "c"], normalization)
+        normalization = Normalization()
+        save_checkpoint(tmp_path / name, architecture, params, ["a", "b", "c"], normalization)
         architecture, params = load(tmp_path / name)
         np.testing.assert_allclose(logits(architecture, params, pixels, 3), expected, atol=1e-5)
     for file in ("config.json", "model.safetensors", "preprocessor_config.json"):
@@ -171,9 +171,9 @@ def test_pictures_are_prepared_as_the_checkpoint_says(folder, processor):
         sizes = dict(size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16}, do_center_crop=True)
     edit(folder, "preprocessor_config.json", image_processor_type=processor, do_resize=True, resample=2,
          do_rescale=True, rescale_factor=1 / 255, do_normalize=True, image_mean=[0.5] * 3, **sizes)  # fmt: skip
-    checkpoint = weights.open_checkpoint(str(folder))
+    checkpoint = open_checkpoint(str(folder))
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))
-    pixels = preprocessing(checkpoint, checkpoint.image_size)(picture)
+    pixels = checkpoint.preprocessing(checkpoint.image_size)(np.asarray(picture))
     resized = picture.resize((16, 16), Image.Resampling.BILINEAR)
     if processor == "BitImageProcessor":
         resized = picture.resize((30, 20), Image.Resampling.BILINEAR).crop((7, 2, 23, 18))
@@ -205,9 +205,9 @@ def two_files(folder):
 
 BROKEN = {
     "missing tensor": (lambda f: edit_tensors(f, lambda t: t.pop(QUERY)), r"1\.attention.*query.weight' is missing"),
-    "misshaped tensor": (lambda f: edit(f, mlp_ratio=2), r"shape \(64, 16\).*asks for \(32, 16\)"),
+    "misshaped tensor": (lambda f: edit(f, mlp_ratio=2), r"shape \(64, 16\).*implies \(32, 16\)"),
     "extra tensor": (lambda f: edit_tensors(f, lambda t: t.update(extra=t[QUERY])), "no place in the model: extra"),
-    "integers": (lambda f: edit_tensors(f, lambda t: t.update({QUERY: t[QUERY].astype("int32")})), "floats are expe"),
+    "integers": (lambda f: edit_tensors(f, lambda t: t.update({QUERY: t[QUERY].astype("int32")})), "expected floats"),
     "not finite": (lambda f: edit_tensors(f, lambda t: t.update({QUERY: t[QUERY] * np.nan})), "not finite"),
     "fewer layers in config": (lambda f: edit(f, num_hidden_layers=1), "no place in the model"),
     "positions of another size": (lambda f: edit(f, image_size=24), r"position_embeddings' has shape \(1, 5, 16\)"),
@@ -215,35 +215,44 @@ BROKEN = {
     "no family": (lambda f: edit(f, model_type=None), "model_type is None"),
     "other activation": (lambda f: edit(f, hidden_act="relu"), "hidden_act is 'relu'; only 'gelu' is supported"),
     "grey images": (lambda f: edit(f, num_channels=1), "num_channels is 1; only 3"),
-    "no number": (lambda f: edit(f, hidden_size="16"), "hidden_size is '16', where 768 is"),
-    "heads": (lambda f: edit(f, num_attention_heads=3), "hidden_size 16 is no multiple of num_attention_heads 3"),
-    "patches": (lambda f: edit(f, patch_size=7), "image_size 16 is no multiple of patch_size 7"),
-    "images": (lambda f: edit(f, "preprocessor_config.json", size=20), "size is 20; a multiple of the patch_size 8"),
-    "no square": (lambda f: edit(f, "preprocessor_config.json", size={"height": 16, "width": 8}), "squares are expect"),
-    "no size": (lambda f: edit(f, "preprocessor_config.json", size=None), "size is None; squares are expected"),
+    "no number": (lambda f: edit(f, hidden_size="16"), "hidden_size is '16'; expected a value like 768"),
+    "heads": (lambda f: edit(f, num_attention_heads=3), "hidden_size 16 is not a multiple of num_attention_heads 3"),
+    "patches": (lambda f: edit(f, patch_size=7), "image_size 16 is not a multiple of patch_size 7"),
+    "images": (
+        lambda f: edit(f, "preprocessor_config.json", size=20),
+        "size is 20; expected a multiple of",
+    ),
+    "no square": (lambda f: edit(f, "preprocessor_config.json", size={"height": 16, "width": 8}), "expected a square"),
+    "no size": (lambda f: edit(f, "preprocessor_config.json", size=None), "size is None; expected a square"),
     "other scale": (lambda f: edit(f, "preprocessor_config.json", rescale_factor=1.0), "only 1/255 is supported"),
-    "one mean": (lambda f: edit(f, "preprocessor_config.json", image_mean=0.5), "image_mean is 0.5; three numbers"),
-    "no spread": (lambda f: edit(f, "preprocessor_config.json", image_std=[0, 0, 0]), "image_std is .0, 0, 0.; three"),
-    "no patches": (lambda f: edit(f, patch_size=0), "patch_size is 0, where"),
-    "half a layer": (lambda f: edit(f, num_hidden_layers=2.0), "num_hidden_layers is 2.0, where 12 is an example"),
+    "one mean": (
+        lambda f: edit(f, "preprocessor_config.json", image_mean=0.5),
+        "image_mean is 0.5; expected",
+    ),
+    "no spread": (
+        lambda f: edit(f, "preprocessor_config.json", image_std=[0, 0, 0]),
+        "image_std is .0, 0, 0.; exp",
+    ),
+    "no patches": (lambda f: edit(f, patch_size=0), "patch_size is 0; expected a value like 16"),
+    "half a layer": (lambda f: edit(f, num_hidden_layers=2.0), "num_hidden_layers is 2.0; expected a value like 12"),
     "a label without a row": (
         lambda f: edit(f, id2label={"0": "a", "1": "b", "3": "c"}),
-        "no table of a label for each",
+        "must give a label to each of 0 to 2",
     ),
     "a label that is none": (
         lambda f: edit(f, id2label={"0": "a", "1": "b", "2": None}),
-        "no table of a label for each",
+        "must give a label to each of 0 to 2",
     ),
-    "labels": (lambda f: edit(f, id2label={"0": "Blue Jay"}), "classifier has 3 rows, but id2label is no table"),
+    "labels": (lambda f: edit(f, id2label={"0": "Blue Jay"}), "classifier has 3 rows, so id2label must"),
     "damaged weights": (lambda f: (f / "model.safetensors").write_bytes(b"12345678" * 4), "not a readable safetensors"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no .*safetensors"),
     "pickled weights": (pickled, r"pickled \*.bin is not read"),
-    "lost shard": (lose_a_shard, "model-00002-of-00002.safetensors is missing, which"),
+    "lost shard": (lose_a_shard, "model-00002-of-00002.safetensors is missing, but"),
     "damaged index": (damage_index, "has no weight_map"),
-    "no index": (two_files, "which one is meant"),
+    "no index": (two_files, "keep the file you mean"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
     "damaged config": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
-    "list for config": (lambda f: (f / "config.json").write_text("[]"), "holds no JSON object"),
+    "list for config": (lambda f: (f / "config.json").write_text("[]"), "is not a JSON object"),
     "no normalisation": (lambda f: (f / "preprocessor_config.json").unlink(), "preprocessor_config.json is missing"),
 }
 
@@ -258,11 +267,11 @@ def test_checkpoint_that_does_not_fit_is_an_error(folder, case):
 
 def test_checkpoint_that_is_not_there_is_an_error(monkeypatch):
     with pytest.raises(UserError, match="no folder './nothing'"):
-        weights.find_checkpoint("./nothing")
+        find_checkpoint("./nothing")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("nobody/nothing", "nobody/nothing@v2"):
         with pytest.raises(UserError, match="could not be fetched.*hf download nobody/nothing`"):
-            weights.find_checkpoint(name)
+            find_checkpoint(name)
 
 
 def test_labels_and_normalisation_that_are_left_out(folder):
@@ -270,9 +279,9 @@ def test_labels_and_normalisation_that_are_left_out(folder):
     del config["id2label"]
     (folder / "config.json").write_text(json.dumps(config))
     edit(folder, "preprocessor_config.json", do_normalize=False)
-    checkpoint = weights.open_checkpoint(str(folder))
+    checkpoint = open_checkpoint(str(folder))
     assert checkpoint.labels == ["LABEL_0", "LABEL_1", "LABEL_2"]
-    assert checkpoint.normalization == weights.Normalization((0, 0, 0), (1, 1, 1))
+    assert checkpoint.normalization == Normalization((0, 0, 0), (1, 1, 1))
 
 
 def test_a_vit_saved_without_prefix_and_head_loads_too(tmp_path):

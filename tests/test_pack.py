@@ -1,4 +1,4 @@
-"""Packed images: the same batches as from the folder, whatever interrupts the packing; clear errors."""
+"""Packed images: the same batches as from the image files, also after an interruption; clear errors."""
 
 import collections
 import os
@@ -7,18 +7,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-import zlib
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
-from test_data import same, take
+from test_data import same, shard_of, take
 
-from vit_nabirds.data import batches as data
-from vit_nabirds.data import images, pack, prepare
+from vit_nabirds.data import batches, images, pack, photographs, prepare
 from vit_nabirds.data.synthetic import draw_archive
+from vit_nabirds.data.table import read_table
 from vit_nabirds.errors import UserError
 from vit_nabirds.parallel import locks
 
@@ -27,7 +25,7 @@ SIZES = {"train_size": 20, "test_size": 16}
 
 @pytest.fixture(scope="module")
 def packed(prepared, tmp_path_factory) -> Path:
-    """What a node's disk gets of a packed folder: no images."""
+    """A packed folder without its images, as it is copied to a node's disk."""
     folder = tmp_path_factory.mktemp("packed") / "birds"
     shutil.copytree(prepared, folder)
     pack.pack(folder)
@@ -37,7 +35,7 @@ def packed(prepared, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copied(packed, tmp_path) -> Path:
-    """The same, to be damaged."""
+    """A copy to damage."""
     return shutil.copytree(packed, tmp_path / "copied")
 
 
@@ -48,7 +46,7 @@ def archive(tmp_path) -> Path:
 
 
 def open_split(root, train=True):
-    return data.open_split(root, data.read_table(root), train)
+    return photographs.open_split(root, read_table(root), train)
 
 
 def contents(folder):
@@ -57,23 +55,22 @@ def contents(folder):
 
 def evaluated(root, hosts, workers):
     split = open_split(root, train=False)
-    shards = [data.grain.sharding.ShardOptions(host, hosts, drop_remainder=True) for host in range(hosts)]
-    return [batch for shard in shards for batch in data.test_batches(split, 8, workers, shard)]
+    return [batch for host in range(hosts) for batch in batches.test_batches(split, 8, workers, shard_of(host, hosts))]
 
 
 @pytest.mark.parametrize("hosts, start, workers", [(1, 0, 0), (4, 3, 0), (2, 7, 2)])
-def test_batches_are_those_of_the_folder(packed, prepared, hosts, start, workers):
+def test_batches_equal_those_of_the_image_files(packed, prepared, hosts, start, workers):
     assert open_split(packed).is_packed and not open_split(prepared).is_packed
     expected = take(open_split(prepared), 6, start=start)
-    batches = take(open_split(packed), 6, hosts, start, workers)
-    assert same(batches, expected) and batches[0]["image"].dtype == np.uint8
-    expected, batches = evaluated(prepared, hosts, 0), evaluated(packed, hosts, workers)
-    assert same(batches, expected) and sum(batch["mask"].sum() for batch in batches) == 15
-    assert [batch.keys() for batch in batches] == [batch.keys() for batch in expected]
+    actual = take(open_split(packed), 6, hosts, start, workers)
+    assert same(actual, expected) and actual[0]["image"].dtype == np.uint8
+    expected, actual = evaluated(prepared, hosts, 0), evaluated(packed, hosts, workers)
+    assert same(actual, expected) and sum(batch["mask"].sum() for batch in actual) == 15
+    assert [batch.keys() for batch in actual] == [batch.keys() for batch in expected]
 
 
 def test_the_files_are_plain_npy_in_the_order_of_the_table(packed, prepared):
-    table = data.read_table(packed)
+    table = read_table(packed)
     index = pl.read_parquet(packed / "packed/index.parquet")
     assert index.drop("crc32").equals(table.select("path", "is_training_img")) and index["crc32"].dtype == pl.UInt32
     for name, train in (("train.npy", True), ("test.npy", False)):
@@ -83,22 +80,23 @@ def test_the_files_are_plain_npy_in_the_order_of_the_table(packed, prepared):
     assert sorted(contents(packed)) == ["index.parquet", "test.npy", "train.npy"]
 
 
-def test_prepare_packs_once_and_never_leaves_a_stale_pack(archive, tmp_path, capsys):
+def test_prepare_packs_once_and_leaves_no_stale_pack(archive, tmp_path, capsys):
     out = tmp_path / "p"
     with pytest.raises(UserError, match="--metadata_only leaves out"):
         prepare.prepare(archive, out, pack=True, metadata_only=True)
     prepare.prepare(archive, out, **SIZES)
     assert not (out / "packed").exists()
     prepare.prepare(archive, out, pack=True, **SIZES)
-    told = capsys.readouterr().out
-    assert "0 written, 18 already there" in told and "packed: 12 train and 6 test images, 0.0 MB, written" in told
+    output = capsys.readouterr().out
+    assert "0 written, 18 already there" in output
+    assert "packed: 12 train and 6 test images, 0.0 MB, written" in output
     before, ages = contents(out), {file: file.stat().st_mtime_ns for file in (out / "packed").iterdir()}
     for again in (True, False):
         prepare.prepare(archive, out, pack=again, **SIZES)
         assert contents(out) == before and {file: file.stat().st_mtime_ns for file in ages} == ages
     assert "MB, already there" in capsys.readouterr().out
 
-    table = data.read_table(out)
+    table = read_table(out)
     path = table["path"][0]
     photograph = archive / "images" / path
     shutil.copy(archive / "images" / table["path"][1], photograph)
@@ -108,57 +106,14 @@ def test_prepare_packs_once_and_never_leaves_a_stale_pack(archive, tmp_path, cap
     prepare.prepare(archive, out, pack=True, **SIZES)
     assert contents(out).keys() == before.keys() and contents(out) != before
 
-    photograph.write_bytes(b"")  # an image is about to be made, and cannot be
+    photograph.write_bytes(b"")  # its image cannot be made again
     (out / "cleaned_images" / path).unlink()
     with pytest.raises(UserError, match="1 photographs cannot be used"):
         prepare.prepare(archive, out, pack=True, **SIZES)
     assert not contents(out)
 
 
-def count_reads(monkeypatch) -> collections.Counter:
-    counts, read = collections.Counter(), images.ImageFiles.read
-
-    def counted(self, index, out):
-        counts[self.paths[index]] += 1
-        read(self, index, out)
-
-    monkeypatch.setattr(images.ImageFiles, "read", counted)
-    return counts
-
-
-def test_packing_goes_on_after_the_last_whole_image(prepared, packed, tmp_path, monkeypatch):
-    root = shutil.copytree(prepared, tmp_path / "p")
-    folder, whole = root / "packed", contents(packed)
-    folder.mkdir()
-    header, image = 128, 20 * 20 * 3
-    images_of = [whole["train.npy"][at : at + image] for at in range(header, header + 40 * image, image)]
-    checksums = [zlib.crc32(one).to_bytes(4, "little") for one in images_of]
-    part = whole["train.npy"][: header + 25 * image]
-    counts = count_reads(monkeypatch)
-
-    def packed_again(train: bytes, told: list[bytes]) -> int:
-        """The images that are read for it."""
-        for file in folder.iterdir():
-            file.unlink()
-        (folder / "train.npy.tmp").write_bytes(train)
-        (folder / "train.npy.crc32").write_bytes(b"".join(told))
-        counts.clear()
-        pack.pack(root)
-        assert contents(root) == whole and set(counts.values()) == {1}
-        return len(counts) - 15  # the test images
-
-    assert packed_again(part + images_of[25][:600], checksums[:25]) == 15
-    assert packed_again(part + images_of[25], checksums[:25] + [b"12"]) == 15
-    assert packed_again(part, checksums[:30]) == 15  # the disk has lost some
-    assert packed_again(whole["train.npy"], checksums) == 0
-    assert packed_again(whole["train.npy"] + b"x", checksums) == 0
-    assert packed_again(part[: -10 * image] + bytes(10 * image), checksums[:25]) == 25
-    assert packed_again(part, []) == 40
-    assert packed_again(whole["test.npy"], checksums) == 40
-
-
-def test_files_without_an_index_are_packed_anew(prepared, packed, tmp_path):
-    """For nothing says that they are what was written."""
+def test_without_an_index_everything_is_packed_again(prepared, packed, tmp_path):
     root = shutil.copytree(prepared, tmp_path / "p")
     shutil.copytree(packed / "packed", root / "packed")
     for file in (root / "packed").glob("*.npy"):
@@ -168,7 +123,7 @@ def test_files_without_an_index_are_packed_anew(prepared, packed, tmp_path):
     assert contents(root) == contents(packed)
 
 
-def test_two_do_not_pack_one_folder_at_a_time(prepared, tmp_path):
+def test_a_folder_is_packed_by_one_process_at_a_time(prepared, tmp_path):
     root = shutil.copytree(prepared, tmp_path / "p")
     (root / "packed").mkdir()
     with locks.lock(root / "packed" / "lock", "not this one"):
@@ -177,34 +132,48 @@ def test_two_do_not_pack_one_folder_at_a_time(prepared, tmp_path):
     pack.pack(root)
 
 
-def test_kill_9_and_a_rerun_give_what_an_undisturbed_run_gives(tmp_path):
-    draw_archive(tmp_path / "archive", species=3, train=60, test=40)
-    out, size = tmp_path / "p", {"train_size": 512, "test_size": 512}
-    prepare.prepare(tmp_path / "archive", out, **size)
-    command = [sys.executable, "-c", "import sys; from vit_nabirds.data.pack import pack; pack(sys.argv[1])", out]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[1], env=os.environ | {"SLURM_CPUS_PER_TASK": "1"})
-    partial, deadline = out / "packed" / "train.npy.tmp", time.monotonic() + 60
-    while not partial.exists() or partial.stat().st_size < 20 * 3 * 512**2:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert {file.name for file in (out / "packed").iterdir()} == {"lock", "train.npy.tmp", "train.npy.crc32"}
-    assert not open_split(out).is_packed
-    pack.pack(out)
-    killed = contents(out)
-    shutil.rmtree(out / "packed")
-    pack.pack(out)
-    assert contents(out) == killed
+KILLED = """
+import os, signal, sys
+from vit_nabirds.data import images, pack
+
+def kill_at(module, name, count):
+    calls, function = iter(range(count)), getattr(module, name)
+    def counted(*arguments):
+        if next(calls) == count - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments)
+    setattr(module, name, counted)
+
+kill_at({"read": images.ImageFiles}.get(sys.argv[2], os), sys.argv[2], int(sys.argv[3]))
+pack.pack(sys.argv[1])
+"""
 
 
-def test_a_full_disk_is_told_before_and_while_packing(prepared, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "call, count, left",
+    [
+        ("read", 25, {"train.npy.tmp"}),  # an image of 40 + 15
+        ("fsync", 2, {"train.npy", "test.npy.tmp"}),
+        ("replace", 3, {"train.npy", "test.npy", "index.parquet.tmp"}),
+    ],
+)
+def test_a_rerun_after_kill_9_gives_what_an_undisturbed_run_gives(prepared, packed, tmp_path, call, count, left):
+    root = shutil.copytree(prepared, tmp_path / "p")
+    command = [sys.executable, "-c", KILLED, root, call, str(count)]
+    killed = subprocess.run(command, cwd=Path(__file__).parents[1], env=os.environ | {"SLURM_CPUS_PER_TASK": "1"})
+    assert killed.returncode == -signal.SIGKILL
+    assert contents(root).keys() == left and not open_split(root).is_packed
+    pack.pack(root)
+    assert contents(root) == contents(packed)
+
+
+def test_a_full_disk_is_reported_before_and_while_packing(prepared, tmp_path, monkeypatch):
     root = shutil.copytree(prepared, tmp_path / "p")
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(
         pack.shutil, "disk_usage", lambda _: usage(10**6, 10**6, 40 * 20 * 20 * 3 + 15 * 16 * 16 * 3 - 1)
     )
-    with pytest.raises(UserError, match=r"p/packed: the packed images need 0.1 MB more, and 0.1 MB are free"):
+    with pytest.raises(UserError, match=r"p/packed: packing needs 59,520 bytes, 59,519 are free"):
         pack.pack(root)
     assert not contents(root)
     monkeypatch.undo()
@@ -215,7 +184,7 @@ def test_a_full_disk_is_told_before_and_while_packing(prepared, tmp_path, monkey
     monkeypatch.setattr(pack.os, "fsync", full)
     with pytest.raises(UserError, match=r"p/packed: .*No space left on device. Make room and run the command again"):
         pack.pack(root)
-    assert contents(root).keys() == {"train.npy.tmp", "train.npy.crc32"}
+    assert contents(root).keys() == {"train.npy.tmp"}
 
 
 def rewrite_index(change):
@@ -235,24 +204,39 @@ def save(array):
 
 DAMAGES = {
     "no Parquet": (rewrite("index.parquet", lambda _: b"hello"), r"index.parquet is not a readable Parquet file"),
-    "column missing": (rewrite_index(lambda table: table.drop("crc32")), r"index.parquet has the columns .*, not path"),
-    "column's type": (rewrite_index(lambda table: table.cast({"crc32": pl.Int64})), r"index.parquet has the columns "),
-    "other records": (rewrite_index(lambda table: table.head(20)), r"index.parquet is not of the training images"),
-    "other order": (rewrite_index(lambda table: table.reverse()), r"index.parquet is not of the training images"),
+    "column missing": (
+        rewrite_index(lambda table: table.drop("crc32")),
+        r"index.parquet is not a readable Parquet file with path",
+    ),
+    "column's type": (
+        rewrite_index(lambda table: table.cast({"crc32": pl.Int64})),
+        r"index.parquet is not a .* with path",
+    ),
+    "other records": (rewrite_index(lambda table: table.head(20)), r"index.parquet does not list the training images"),
+    "other order": (rewrite_index(lambda table: table.reverse()), r"index.parquet does not list the training images"),
     "file missing": (lambda folder: (folder / "train.npy").unlink(), r"train.npy cannot be read .*No such file"),
     "no .npy": (rewrite("train.npy", lambda data: b"hello" + data), r"train.npy cannot be read "),
     "header": (rewrite("train.npy", lambda data: data.replace(b")", b"(", 1)), r"train.npy cannot be read "),
     "empty": (rewrite("train.npy", lambda _: b""), r"train.npy cannot be read "),
-    "type": (save(np.zeros((40, 20, 20, 3), np.int8)), r"train.npy cannot be read \(int8 "),
-    "not images": (save(np.zeros((40, 20, 10, 3), np.uint8)), r"train.npy cannot be read \(uint8 \(40, 20, 10, 3\)"),
-    "count": (save(np.zeros((39, 20, 20, 3), np.uint8)), r"train.npy holds 39 images, not 40"),
-    "truncated": (rewrite("train.npy", lambda data: data[:-1]), r"train.npy has 48127 bytes, not 48128"),
-    "too long": (rewrite("train.npy", lambda data: data + b"x"), r"train.npy has 48129 bytes, not 48128"),
+    "type": (save(np.zeros((40, 20, 20, 3), np.int8)), r"train.npy cannot be read \(it holds int8 "),
+    "not images": (
+        save(np.zeros((40, 20, 10, 3), np.uint8)),
+        r"train.npy cannot be read \(it holds uint8 \(40, 20, 10, 3\), not",
+    ),
+    "count": (save(np.zeros((39, 20, 20, 3), np.uint8)), r"it holds uint8 \(39, 20, 20, 3\), not 40 square images"),
+    "truncated": (
+        rewrite("train.npy", lambda data: data[:-1]),
+        r"train.npy cannot be read \(it has 48127 bytes, not 48128",
+    ),
+    "too long": (
+        rewrite("train.npy", lambda data: data + b"x"),
+        r"train.npy cannot be read \(it has 48129 bytes, not 48128",
+    ),
 }
 
 
 @pytest.mark.parametrize("damage, message", DAMAGES.values(), ids=DAMAGES)
-def test_a_pack_that_does_not_fit_is_refused_and_made_anew(copied, packed, prepared, damage, message, capsys):
+def test_a_wrong_pack_is_refused_and_packed_again(copied, packed, prepared, damage, message, capsys):
     damage(copied / "packed")
     with pytest.raises(UserError, match=message) as error:
         open_split(copied)
@@ -260,10 +244,10 @@ def test_a_pack_that_does_not_fit_is_refused_and_made_anew(copied, packed, prepa
     shutil.copytree(prepared / "cleaned_images", copied / "cleaned_images")
     pack.pack(copied)
     assert contents(copied) == contents(packed)
-    assert re.search(f"note: .*{message}.*; it is packed anew", capsys.readouterr().out)
+    assert re.search(f"note: .*{message}.*; packing again", capsys.readouterr().out)
 
 
-def test_a_pack_is_not_given_up_where_it_cannot_be_read_or_made_anew(copied, prepared):
+def test_a_pack_is_kept_if_it_cannot_be_read_or_replaced(copied, prepared):
     train = copied / "packed" / "train.npy"
     rewrite("test.npy", lambda data: data[:-1] + bytes([data[-1] ^ 1]))(copied / "packed")
     before = train.read_bytes()
@@ -281,17 +265,17 @@ def test_a_pack_is_not_given_up_where_it_cannot_be_read_or_made_anew(copied, pre
     assert train.read_bytes() == before
 
 
-def test_the_metadata_may_not_change_under_a_pack(copied):
+def test_a_pack_of_other_metadata_is_refused(copied):
     table = pl.read_parquet(copied / "metadata.parquet")
     table.reverse().write_parquet(copied / "metadata.parquet")
-    with pytest.raises(UserError, match="is not of the training images in metadata.parquet"):
+    with pytest.raises(UserError, match="does not list the training images of metadata.parquet"):
         open_split(copied)
 
 
-def test_images_that_were_made_otherwise_are_refused(copied, prepared):
+def test_a_pack_of_images_with_other_settings_is_refused(copied, prepared):
     other = (copied / "prepared.json").read_text().replace("0.2", "0.1")
     (copied / "prepared.json").write_text(other)
-    with pytest.raises(UserError, match="index.parquet is of images that were made otherwise than "):
+    with pytest.raises(UserError, match="index.parquet is of images made with other settings than "):
         open_split(copied)
     shutil.copytree(prepared / "cleaned_images", copied / "cleaned_images")
     pack.pack(copied)
@@ -305,22 +289,24 @@ def test_a_flipped_bit_is_an_error_that_names_the_image(copied, packed, prepared
     content[128 + 7 * 1200 + 600] ^= 1
     file.write_bytes(content)
     split = open_split(copied)
-    with pytest.raises(UserError, match=rf"train.npy is damaged: the image of {split.paths[7]} .*delete .*/packed and"):
+    with pytest.raises(
+        UserError, match=rf"train.npy is damaged: the image of {split.images.paths[7]} .*delete .*/packed and"
+    ):
         take(split, 5, workers=workers)
     shutil.copytree(prepared / "cleaned_images", copied / "cleaned_images")
     pack.pack(copied)
     assert contents(copied) == contents(packed)
 
 
-def test_each_image_is_checked_once_in_a_process(copied, monkeypatch):
+def test_each_process_checks_each_image_once(copied, monkeypatch):
     split, checks = open_split(copied), []
     monkeypatch.setattr(images.zlib, "crc32", lambda image, crc32=images.zlib.crc32: checks.append(0) or crc32(image))
     take(split, 10)  # two epochs
     assert len(checks) == 40
 
 
-def test_a_file_cut_off_while_it_is_read_is_an_error(copied):
+def test_a_file_that_is_cut_off_while_open_is_an_error(copied):
     split = open_split(copied)
     os.truncate(copied / "packed" / "train.npy", 128 + 39 * 1200 + 5)
-    with pytest.raises(UserError, match=rf"train.npy ends inside the image of {split.paths[39]}: delete"):
+    with pytest.raises(UserError, match=rf"train.npy ends inside the image of {split.images.paths[39]}: delete"):
         take(split, 5)

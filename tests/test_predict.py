@@ -1,4 +1,4 @@
-"""A trained run named, exported, loaded again: the same answers everywhere."""
+"""A run and its export give the same answers, and what can go wrong on the way."""
 
 import json
 import os
@@ -8,13 +8,15 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from vit_nabirds import Classifier, config
+from vit_nabirds import Classifier, cli
 from vit_nabirds.commands import predict
 from vit_nabirds.commands.export import export
+from vit_nabirds.config import Config, default
 from vit_nabirds.errors import UserError
-from vit_nabirds.models.pretrained import checkpoint as weights
+from vit_nabirds.models.pretrained.checkpoint import open_checkpoint
+from vit_nabirds.parallel.group import ProcessGroup
 from vit_nabirds.runs.loading import open_run
-from vit_nabirds.training.loop import train
+from vit_nabirds.training.train import train
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,7 @@ def run(prepared, tmp_path_factory):
 
     workdir, tiny = tmp_path_factory.mktemp("run"), get_config()
     tiny.data.root = str(prepared)
-    assert train(tiny, workdir) == 0
+    assert train(Config.read(tiny), workdir, ProcessGroup()) == 0
     return workdir
 
 
@@ -68,14 +70,14 @@ def test_an_image_in_memory_and_one_that_lies_on_its_side(run, test_images, tmp_
 
 @pytest.fixture
 def folder(test_images, tmp_path):
-    """Three images of which one is damaged, in a folder and one below, and a text."""
+    """Three images in a folder and its subfolder, one of them damaged, a dangling link and a text."""
     folder = tmp_path / "images"
     (folder / "more").mkdir(parents=True)
     for name, file in zip(("a, b.jpg", "more/c.JPG"), test_images[0], strict=False):
         (folder / name).write_bytes(file.read_bytes())
     (folder / "damaged.jpg").write_bytes(test_images[0][0].read_bytes()[:300])
     (folder / "notes.txt").write_text("two of them")
-    os.symlink("nowhere", os.fsencode(folder) + b"/z\xff.png")  # leads nowhere, and has no name in UTF-8
+    os.symlink("nowhere", os.fsencode(folder) + b"/z\xff.png")  # dangling, with a name that is not UTF-8
     return folder
 
 
@@ -106,10 +108,10 @@ def test_no_readable_photograph_is_a_failure(run, folder, tmp_path):
         (dict(out="nowhere/birds.csv"), "there is no folder"),
         (dict(workdir="nowhere"), "holds no run"),
         (dict(out="images.csv"), "is a folder: give the name of a file"),
-        (dict(model="nowhere"), "of a workdir, with or without a step, or of a model"),
+        (dict(model="nowhere"), "takes a workdir, with or without a step, or a model"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_written(run, folder, tmp_path, monkeypatch, arguments, message):
+def test_mistakes_are_reported_before_anything_is_written(run, folder, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images.csv").mkdir()
     arguments = dict(images=folder, out="birds.csv", workdir=run) | arguments
@@ -118,6 +120,19 @@ def test_mistakes_are_told_before_anything_is_written(run, folder, tmp_path, mon
     with pytest.raises(UserError, match=message):
         predict.predict(paths.pop("images"), paths.pop("out"), **paths)
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ([], "predict needs --workdir or --model, not both"),
+        (["--workdir=a", "--model=b"], "predict needs --workdir or --model, not both"),
+        (["--workdir=a", "--topk=0"], "--topk is 0"),
+    ],
+)
+def test_flags_that_do_not_fit_are_wrong_usage(flags, message, capfd):
+    assert cli.main(["predict", "--images=x", "--out=birds.csv", *flags]) == 2
+    assert message in capfd.readouterr().err
 
 
 def test_a_checkpoint_without_classifier_names_nothing(hf_folder):
@@ -140,12 +155,12 @@ def test_an_export_says_what_it_is_and_overwrites_nothing(run, exported):
 
 
 def test_training_goes_on_from_an_export_with_its_head(exported, tiny_config, tmp_path):
-    tiny_config.model = config.default().model
+    tiny_config.model = default().model
     tiny_config.model.pretrained = str(exported)
     tiny_config.optimizer.learning_rate = 1e-9
     tiny_config.epochs = 1.0
-    assert train(tiny_config, tmp_path / "more") == 0
-    checkpoint = weights.open_checkpoint(str(exported))
+    assert train(Config.read(tiny_config), tmp_path / "more", ProcessGroup()) == 0
+    checkpoint = open_checkpoint(str(exported))
     before, after = checkpoint.load(checkpoint.architecture, checkpoint.labels), open_run(tmp_path / "more").params
     for path, value in before.items():
         np.testing.assert_allclose(after[path], value, atol=1e-5)
@@ -157,10 +172,10 @@ def test_another_resolution_and_another_head(hf_folder, tiny_config, prepared, t
 
     prepare(prepared.parent / "archive", tmp_path / "birds", train_size=28, test_size=size)
     tiny_config.data.root = str(tmp_path / "birds")
-    tiny_config.model = config.default().model
+    tiny_config.model = default().model
     tiny_config.model.update(pretrained=str(hf_folder), image_size=size, pool=pool)
     tiny_config.epochs = 1.0
-    assert train(tiny_config, tmp_path / "run") == 0
+    assert train(Config.read(tiny_config), tmp_path / "run", ProcessGroup()) == 0
     params = open_run(tmp_path / "run").params
     assert params["position_embeddings"].shape == (1, 1 + (size // 8) ** 2, 16)
     assert params["classifier/kernel"].shape == (width, 4)

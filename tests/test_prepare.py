@@ -1,14 +1,15 @@
-"""Archive folder -> prepared folder: geometry, odd files, broken files, interruption, reruns."""
+"""Preparing an archive: geometry, odd files, broken files, interruption, reruns."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 import polars as pl
 import pytest
@@ -62,16 +63,20 @@ def jpeg(image: Image.Image, tmp_path: Path, **options) -> bytes:
     return (tmp_path / "x.jpg").read_bytes()
 
 
+def pixels_of(file: Path) -> np.ndarray:
+    return np.asarray(Image.open(file))
+
+
 def assert_colour(image: np.ndarray, x: int, y: int, colour: tuple) -> None:
     assert np.abs(image[y, x].astype(int) - colour).max() <= 12, (x, y, image[y, x], colour)
 
 
-def test_train_has_a_margin_test_has_none_both_centred_on_black(tmp_path):
+def test_training_images_have_a_margin_and_all_are_centred_on_black(tmp_path):
     # 20 % of 80 x 40 is 16 x 8: the red ring is exactly the margin, blue is the bird, grey must not be seen
     bird = painted(200, 100, (34, 22, 112, 56, RED), (50, 30, 80, 40, BLUE))
     archive = archive_of(tmp_path / "a", ("a.jpg", bird, (50, 30, 80, 40), 1), ("b.jpg", bird, (50, 30, 80, 40), 0))
     prepare(archive, tmp_path / "p", train_size=112, test_size=64)
-    train = iio.imread(tmp_path / "p/cleaned_images/0295/a.jpg")
+    train = pixels_of(tmp_path / "p/cleaned_images/0295/a.jpg")
     assert train.shape == (112, 112, 3)
     for x, y, colour in [
         (56, 24, BLACK),
@@ -82,7 +87,7 @@ def test_train_has_a_margin_test_has_none_both_centred_on_black(tmp_path):
         (19, 56, BLUE),
     ] + [(93, 56, BLUE), (108, 56, RED), (56, 73, BLUE), (56, 80, RED), (56, 88, BLACK)]:
         assert_colour(train, x, y, colour)
-    test = iio.imread(tmp_path / "p/cleaned_images/0295/b.jpg")
+    test = pixels_of(tmp_path / "p/cleaned_images/0295/b.jpg")
     assert test.shape == (64, 64, 3)
     for x, y, colour in [
         (32, 12, BLACK),
@@ -95,25 +100,25 @@ def test_train_has_a_margin_test_has_none_both_centred_on_black(tmp_path):
         assert_colour(test, x, y, colour)
 
 
-def test_margin_and_box_stop_at_the_edge_of_the_image(tmp_path):
+def test_margins_and_boxes_end_at_the_edge_of_the_image(tmp_path):
     corner = painted(100, 80, (0, 0, 50, 50, GREEN))
     sticking_out = (-40, -40, 80, 80)  # its part inside is 40 x 40, with margin 48 x 48
     archive = archive_of(tmp_path / "a", ("a.jpg", corner, sticking_out, 1), ("b.jpg", corner, sticking_out, 0))
     prepare(archive, tmp_path / "p", train_size=96, test_size=80)
     for name, side in (("a", 96), ("b", 80)):
-        image = iio.imread(tmp_path / f"p/cleaned_images/0295/{name}.jpg")
+        image = pixels_of(tmp_path / f"p/cleaned_images/0295/{name}.jpg")
         assert image.shape == (side, side, 3)
         for at in (2, side // 2, side - 3):
             assert_colour(image, at, at, GREEN)
 
 
-def test_shrinking_averages_where_skipping_pixels_would_alias(tmp_path):
+def test_shrinking_averages_pixels_instead_of_skipping_them(tmp_path):
     noise = np.random.default_rng(0).choice([0, 255], (400, 400)).astype(np.uint8)
     noise = Image.fromarray(noise).convert("RGB")
     archive = archive_of(tmp_path / "a", ("a.jpg", noise, (0, 0, 400, 400), 1), ("b.jpg", noise, (0, 0, 400, 400), 0))
     prepare(archive, tmp_path / "p", test_size=100)
     # The mean of 4 x 4 such pixels deviates from 127 by 127 / 4; the one in the middle would by 127.
-    assert iio.imread(tmp_path / "p/cleaned_images/0295/b.jpg").std() < 36
+    assert pixels_of(tmp_path / "p/cleaned_images/0295/b.jpg").std() < 36
 
 
 def test_odd_files_are_read_as_their_pixels_are_stored(tmp_path, capsys):
@@ -139,18 +144,18 @@ def test_odd_files_are_read_as_their_pixels_are_stored(tmp_path, capsys):
     for name, *_ in files[:-1]:
         file = tmp_path / "p/cleaned_images/0295" / name
         assert file.read_bytes()[:3] == b"\xff\xd8\xff", f"{name} is not a JPEG"
-        image = iio.imread(file)
+        image = pixels_of(file)
         assert image.shape == (60, 60, 3), name
         assert_colour(image, 10, 30, RED)
         assert_colour(image, 50, 30, BLUE)
         assert_colour(image, 30, 5, BLACK)
-    image = iio.imread(tmp_path / "p/cleaned_images/0295/grey.jpg")
+    image = pixels_of(tmp_path / "p/cleaned_images/0295/grey.jpg")
     assert_colour(image, 10, 30, (grey.getpixel((10, 20)),) * 3)
-    told = capsys.readouterr().out
-    assert "2 files are not JPEG" in told and "1 files have an alpha channel" in told
+    output = capsys.readouterr().out
+    assert "2 files are not JPEG" in output and "1 files have an alpha channel" in output
 
 
-def test_broken_and_missing_photographs_are_listed_at_the_end_and_a_rerun_completes(tmp_path, capsys):
+def test_broken_photographs_are_listed_at_the_end_and_a_rerun_completes(tmp_path, capsys):
     good = painted(100, 80, (20, 20, 40, 40, RED))
     whole = jpeg(good, tmp_path, quality=95)
     box = (20, 20, 40, 40)
@@ -177,7 +182,7 @@ def test_broken_and_missing_photographs_are_listed_at_the_end_and_a_rerun_comple
     capsys.readouterr()
     prepare(archive, out)
     assert "5 written, 1 already there" in capsys.readouterr().out
-    assert pl.read_parquet(out / "metadata.parquet").equals(read_archive(archive))
+    assert pl.read_parquet(out / "metadata.parquet").equals(read_archive(archive)[0])
 
 
 def test_a_missing_photograph_is_found_before_any_work(tmp_path):
@@ -189,12 +194,12 @@ def test_a_missing_photograph_is_found_before_any_work(tmp_path):
     assert not (tmp_path / "p").exists()
 
 
-def test_a_photograph_of_another_size_than_stated_is_used_and_counted(tmp_path, capsys):
+def test_a_photograph_of_an_unexpected_size_is_used_and_counted(tmp_path, capsys):
     larger = jpeg(painted(300, 300, (90, 70, 10, 10, GREEN)), tmp_path, quality=98, subsampling=0)
     good = painted(100, 80)
     archive = archive_of(tmp_path / "a", ("a.jpg", larger, (90, 70, 10, 10), 0), ("b.jpg", good, (0, 0, 9, 9), 1))
     prepare(archive, tmp_path / "p")
-    assert_colour(iio.imread(tmp_path / "p/cleaned_images/0295/a.jpg"), 112, 112, GREEN)
+    assert_colour(pixels_of(tmp_path / "p/cleaned_images/0295/a.jpg"), 112, 112, GREEN)
     assert "1 photographs are not of the size in sizes.txt" in capsys.readouterr().out
 
 
@@ -205,33 +210,39 @@ def painted_archive(tmp_path_factory) -> Path:
     return folder
 
 
-def start_preparing(archive: Path, out: Path, size: int) -> subprocess.Popen:
-    """One slow thread on large canvases, so that the run is still under way when a busy machine sees to us."""
-    command = "import sys; from vit_nabirds.data.prepare import prepare; size = int(sys.argv[3]);"
-    command += "prepare(*sys.argv[1:3], train_size=size, test_size=size, workers=1)"
-    arguments = [sys.executable, "-c", command, archive, out, str(size)]
-    return subprocess.Popen(arguments, cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def held_run(painted_archive, tmp_path):
+    """A run on an archive whose photographs are pipes from the 21st on, and waits for what is written to them."""
+    archive, out = shutil.copytree(painted_archive, tmp_path / "archive"), tmp_path / "out"
+    pipes = [archive / "images" / path for path in read_archive(archive)[0]["path"][20:]]
+    for pipe in pipes:
+        pipe.unlink()
+        os.mkfifo(pipe)
+    command = "import sys; from vit_nabirds.data.prepare import prepare; prepare(*sys.argv[1:])"
+    command = [sys.executable, "-c", command, archive, out]
+    options = dict(cwd=Path(__file__).parents[1], env=os.environ | {"SLURM_CPUS_PER_TASK": "1"}, text=True)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, **options) as process:
+        while len(list(out.glob("cleaned_images/*/*.jpg"))) < 20:
+            assert process.poll() is None
+            time.sleep(0.01)
+        yield process, pipes, out
+        process.kill()
 
 
-def test_kill_9_and_a_rerun_give_what_an_undisturbed_run_gives(painted_archive, tmp_path):
-    prepare(painted_archive, tmp_path / "whole", train_size=512, test_size=512)
-    out = tmp_path / "killed"
-    process = start_preparing(painted_archive, out, 512)
-    deadline = time.monotonic() + 60
-    while len(list(out.glob("cleaned_images/*/*.jpg"))) < 20:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+def test_a_rerun_after_kill_9_gives_what_an_undisturbed_run_gives(held_run, painted_archive, tmp_path):
+    process, _, out = held_run
+    process.kill()
+    process.wait()
     finished = {file: file.stat().st_mtime_ns for file in out.glob("cleaned_images/*/*.jpg")}
-    assert 20 <= len(finished) < 300
+    assert len(finished) == 20
     assert not (out / "metadata.parquet").exists()
     # what a kill between writing and renaming leaves
     stale = next(iter(finished)).with_name("0123.jpg.tmp")
     stale.write_bytes(b"\xff\xd8")
 
-    prepare(painted_archive, out, train_size=512, test_size=512)
+    prepare(painted_archive, out)
     assert {file: file.stat().st_mtime_ns for file in finished} == finished
+    prepare(painted_archive, tmp_path / "whole")
     assert contents(out) == contents(tmp_path / "whole")
 
 
@@ -239,15 +250,22 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def test_ctrl_c_ends_at_once_and_keeps_what_is_finished(painted_archive, tmp_path):
-    process = start_preparing(painted_archive, tmp_path / "p", 1024)
-    while len(list(tmp_path.glob("p/cleaned_images/*/*.jpg"))) < 5 and process.poll() is None:
-        time.sleep(0.001)
+def test_ctrl_c_finishes_only_the_photograph_in_hand(held_run, painted_archive):
+    process, pipes, out = held_run
     process.send_signal(signal.SIGINT)
-    stderr = process.communicate(timeout=20)[1]
+    written = 0
+    while process.poll() is None:  # a slow machine may begin more than one before Python raises KeyboardInterrupt
+        time.sleep(0.2)
+        with contextlib.suppress(OSError):  # nobody reads from the pipe now
+            pipe = os.open(pipes[written], os.O_WRONLY | os.O_NONBLOCK)
+            os.write(pipe, next((painted_archive / "images").rglob(pipes[written].name)).read_bytes())
+            os.close(pipe)
+            written += 1
+    stderr = process.stderr.read()
     assert stderr.count("Traceback") == 1 and stderr.strip().endswith("KeyboardInterrupt")
-    assert 5 <= len(list(tmp_path.glob("p/cleaned_images/*/*.jpg"))) < 300
-    assert not list(tmp_path.glob("p/cleaned_images/*/*.tmp"))
+    assert 1 <= written < len(pipes)
+    assert len(list(out.glob("cleaned_images/*/*.jpg"))) == 20 + written
+    assert not list(out.glob("cleaned_images/*/*.tmp"))
 
 
 def test_other_settings_or_another_archive_are_refused(painted_archive, tmp_path):
@@ -276,25 +294,25 @@ def test_other_settings_or_another_archive_are_refused(painted_archive, tmp_path
 
 def test_images_of_unknown_origin_are_refused(painted_archive, tmp_path):
     (tmp_path / "cleaned_images").mkdir()
-    with pytest.raises(UserError, match=r"no prepared.json says how made"):
+    with pytest.raises(UserError, match=r"prepared.json: missing, or not written by"):
         prepare(painted_archive, tmp_path)
     (tmp_path / "prepared.json").write_text(json.dumps({"train_size": 269}))
-    with pytest.raises(UserError, match=r"prepared.json: not written by"):
+    with pytest.raises(UserError, match=r"prepared.json: missing, or not written by"):
         prepare(painted_archive, tmp_path)
 
 
-def test_metadata_only_needs_no_photograph_and_a_full_run_may_follow(tmp_path):
+def test_metadata_only_needs_no_photographs_and_a_full_run_may_follow(tmp_path):
     photographs = [(f"{n}.jpg", painted(100, 80), (5, 5, 50, 50), n) for n in (0, 1)]
     archive, out = archive_of(tmp_path / "a", *photographs), tmp_path / "p"
     (archive / "images").rename(tmp_path / "elsewhere")
     prepare(archive, out, metadata_only=True)
     assert list(contents(out)) == ["metadata.parquet"]
-    assert pl.read_parquet(out / "metadata.parquet").equals(read_archive(archive))
+    assert pl.read_parquet(out / "metadata.parquet").equals(read_archive(archive)[0])
     (tmp_path / "elsewhere").rename(archive / "images")
     prepare(archive, out)
     assert len(contents(out)) == 4
 
-    # metadata.parquet says "complete": it must not outlive an image that is to be made again
+    # metadata.parquet marks the folder as complete: it is removed before an image is made again
     (out / "cleaned_images/0295/0.jpg").unlink()
     (archive / "images/0295/0.jpg").write_bytes(b"")
     with pytest.raises(UserError, match="1 photographs cannot be used"):
@@ -306,15 +324,15 @@ def test_metadata_only_needs_no_photograph_and_a_full_run_may_follow(tmp_path):
 
 @pytest.mark.parametrize(
     "changed",
-    [{"train_size": 15}, {"test_size": 0}, {"margin": -0.1}, {"margin": 1.1}, {"margin": float("nan")}, {"workers": 0}],
+    [{"train_size": 15}, {"test_size": 0}, {"margin": -0.1}, {"margin": 1.1}, {"margin": float("nan")}],
 )
-def test_senseless_arguments_are_refused_before_anything_is_written(painted_archive, tmp_path, changed):
+def test_invalid_arguments_are_refused_before_anything_is_written(painted_archive, tmp_path, changed):
     with pytest.raises(UserError, match=f"{next(iter(changed))} .*: give"):
         prepare(painted_archive, tmp_path / "p", **changed)
     assert not (tmp_path / "p").exists()
 
 
-def test_out_must_not_be_the_archives_images_nor_a_file(painted_archive, tmp_path):
+def test_out_must_not_be_a_file_or_the_images_of_the_archive(painted_archive, tmp_path):
     (tmp_path / "file").touch()
     for out in (painted_archive / "images", painted_archive / "images/new", tmp_path / "file"):
         with pytest.raises(UserError, match="Choose another --out"):
@@ -324,7 +342,7 @@ def test_out_must_not_be_the_archives_images_nor_a_file(painted_archive, tmp_pat
         prepare(painted_archive, tmp_path / "file/below")
 
 
-def test_cpu_share_is_slurms_or_the_affinity_mask(monkeypatch):
+def test_cpu_share_comes_from_slurm_or_the_affinity_mask(monkeypatch):
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "7")
     assert cpu_share() == 7
     monkeypatch.delenv("SLURM_CPUS_PER_TASK")

@@ -11,9 +11,9 @@ from vit_nabirds.data.synthetic import PLUMAGES, draw_archive, draw_bird
 from vit_nabirds.errors import UserError
 
 
-def test_layout_is_that_of_the_real_archive(tmp_path):
+def test_the_layout_is_that_of_the_real_archive(tmp_path):
     draw_archive(tmp_path, species=4, train=6, test=4, size=(90, 120))
-    table = read_archive(tmp_path)
+    table, _ = read_archive(tmp_path)
     assert table.height == 4 * 10
     assert table["species_id"].n_unique() == 4 and table["class_id"].n_unique() == 6  # two show two plumages
     assert set(table.group_by("species_name", "is_training_img").len().select("is_training_img", "len").rows()) == {
@@ -30,7 +30,7 @@ def test_layout_is_that_of_the_real_archive(tmp_path):
         assert min(image.size) >= 90 and max(image.size) <= 120
 
 
-def test_the_seed_decides_every_byte(tmp_path):
+def test_the_seed_determines_every_byte(tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         draw_archive(tmp_path / name, species=2, train=2, test=1, seed=seed)
     a, b, c = (
@@ -43,7 +43,7 @@ def test_the_seed_decides_every_byte(tmp_path):
 
 @pytest.mark.parametrize("plumage", PLUMAGES, ids=lambda plumage: plumage.name)
 def test_the_bird_is_where_its_box_says(plumage):
-    """Drawn twice with the same chances, in its colours and in bright green: they differ in the box alone."""
+    """Drawn in its colours and in bright green with the same seed, the images differ inside the box only."""
     marker = plumage._replace(colours=" ".join("-" if part == "-" else "0f0" for part in plumage.colours.split()))
     image, box = draw_bird(plumage, 150, 120, random.Random(3))
     other, other_box = draw_bird(marker, 150, 120, random.Random(3))
@@ -54,17 +54,17 @@ def test_the_bird_is_where_its_box_says(plumage):
     assert top <= rows.min() <= top + 4 and top + height - 12 <= rows.max() < top + height
 
 
-def test_mean_colour_does_not_tell_the_species(tmp_path):
+def test_mean_colour_does_not_identify_the_species(tmp_path):
     """A single colour per image would make the demo's accuracy meaningless."""
     draw_archive(tmp_path, species=6, train=16, test=8)
-    table = read_archive(tmp_path)
+    table, _ = read_archive(tmp_path)
     means = np.array([np.asarray(Image.open(tmp_path / "images" / path)).mean(axis=(0, 1)) for path in table["path"]])
     train, labels = table["is_training_img"].to_numpy(), table["species_id"].to_numpy()
     nearest = np.abs(means[~train, None] - means[None, train]).sum(axis=2).argmin(axis=1)
     assert (labels[train][nearest] == labels[~train]).mean() < 0.6
 
 
-def test_more_species_than_can_be_drawn_is_refused(tmp_path):
+def test_too_many_species_are_refused(tmp_path):
     with pytest.raises(UserError, match="give 1 to 10 species"):
         draw_archive(tmp_path / "a", species=11)
     assert not (tmp_path / "a").exists()

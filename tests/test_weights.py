@@ -13,30 +13,36 @@ from transformers import (
     FlaxDinov2ForImageClassification,
     FlaxViTForImageClassification,
     ViTConfig,
+    ViTImageProcessor,
 )
 
-from vit_nabirds.commands import export
 from vit_nabirds.commands.verify import verify
-from vit_nabirds.models import vit as model
+from vit_nabirds.models.model import describe
 from vit_nabirds.models.normalization import zscore
-from vit_nabirds.models.pretrained import checkpoint as weights
+from vit_nabirds.models.pretrained.checkpoint import open_checkpoint
+from vit_nabirds.models.pretrained.export import save_checkpoint
+from vit_nabirds.models.pretrained.hf_config import DEFAULTS, architecture_of
+from vit_nabirds.models.vit import VisionTransformer
 
 REAL = SHARED / "vit-small-patch14-224"
 
 
 def logits(architecture, params, images):
-    graphdef, _ = model.describe(
-        {k: v for k, v in architecture.items() if k != "num_classes"}, params["classifier/bias"].shape[0]
-    )
-    return np.asarray(jax.jit(lambda p, x: model.apply(graphdef, p, x))(params, images))
+    model = describe(architecture, params["classifier/bias"].shape[0])
+    return np.asarray(model.jit(model.logits)(params, images))
+
+
+def load(folder):
+    checkpoint = open_checkpoint(str(folder))
+    return checkpoint.architecture, checkpoint.load(checkpoint.architecture, checkpoint.labels)
 
 
 def randomized(config) -> FlaxViTForImageClassification:
-    """Every tensor random, so that an exchange of two biases, which start at zero, would show."""
+    """Every tensor random: swapped biases, which start at zero, would otherwise go unnoticed."""
     reference = FlaxViTForImageClassification(config, _do_init=False)
     shapes = jax.eval_shape(lambda: reference.init_weights(jax.random.key(0), reference.input_shape))
     draw = np.random.default_rng(2)
-    reference._is_initialized = True  # drawn here instead, for op by op it takes half a minute
+    reference._is_initialized = True  # its own initialisation takes half a minute
     reference.params = jax.tree.map(lambda x: draw.normal(0, 0.05, x.shape).astype(np.float32), shapes)
     return reference
 
@@ -60,9 +66,11 @@ SIZES = {
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_logits_equal_those_of_hugging_face(size):
+def test_logits_equal_those_of_hugging_face(size, tmp_path):
     reference = randomized(SIZES[size])
-    architecture, params = weights.from_flax_vit(reference)
+    reference.save_pretrained(tmp_path, safe_serialization=True)
+    ViTImageProcessor().save_pretrained(tmp_path)
+    architecture, params = load(tmp_path)
     images = images_of(224)
     expected = reference_logits(reference, images)
     np.testing.assert_allclose(logits(architecture, params, images), expected, atol=1e-4)
@@ -70,8 +78,7 @@ def test_logits_equal_those_of_hugging_face(size):
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real weights are not here")
 def test_real_checkpoint_gives_the_logits_of_hugging_face():
-    checkpoint = weights.open_checkpoint(str(REAL))
-    architecture, params = checkpoint.architecture, checkpoint.load(checkpoint.architecture, checkpoint.labels)
+    architecture, params = load(REAL)
     reference = FlaxViTForImageClassification.from_pretrained(REAL)
     images = images_of(224)
     expected = reference_logits(reference, images)
@@ -79,8 +86,8 @@ def test_real_checkpoint_gives_the_logits_of_hugging_face():
 
 
 def test_layer_norm_eps_and_exact_gelu_come_from_the_checkpoint():
-    architecture = weights.architecture_of(weights.DEFAULTS["vit"] | {"model_type": "vit", "layer_norm_eps": 0.5})
-    block = nnx.eval_shape(lambda: model.VisionTransformer(**architecture, rngs=nnx.Rngs(0))).encoder.layers[0]
+    architecture = architecture_of(DEFAULTS["vit"] | {"model_type": "vit", "layer_norm_eps": 0.5})
+    block = nnx.eval_shape(lambda: VisionTransformer(**architecture, rngs=nnx.Rngs(0))).encoder.layers[0]
     assert block.norm1.epsilon == 0.5
     assert block.mlp.layers[1](1.0) == pytest.approx(0.8413447)  # the tanh approximation gives 0.8411920
 
@@ -90,11 +97,11 @@ def test_transformers_loads_what_is_exported(model_type, pool, tmp_path):
     (tmp_path / "made").mkdir()
     (tmp_path / "exported").mkdir()
     save_drawn(tmp_path / "made", model_type, TINY)
-    checkpoint = weights.open_checkpoint(str(tmp_path / "made"))
+    checkpoint = open_checkpoint(str(tmp_path / "made"))
     architecture = checkpoint.architecture | {"pool": pool}
     params = checkpoint.load(architecture, [])
     params |= {"classifier/kernel": drawn("k", (16 if pool == "cls" else 32, 3)), "classifier/bias": drawn("b", (3,))}
-    export.save_checkpoint(tmp_path / "exported", architecture, params, ["a", "b", "c"], checkpoint.normalization)
+    save_checkpoint(tmp_path / "exported", architecture, params, ["a", "b", "c"], checkpoint.normalization)
     classes = {"vit": FlaxViTForImageClassification, "dinov2": FlaxDinov2ForImageClassification}
     reference = classes[model_type if pool == "cls" else "dinov2"].from_pretrained(tmp_path / "exported")
     assert reference.config.id2label == {0: "a", 1: "b", 2: "c"} and reference.config.label2id["c"] == 2

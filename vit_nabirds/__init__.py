@@ -3,7 +3,7 @@
 
 def __getattr__(name: str):
     if name == "Classifier":  # imported when asked for: a command's messages do not wait for JAX
-        from vit_nabirds.commands.predict import Classifier
+        from vit_nabirds.evaluation.classifier import Classifier
 
         return Classifier
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,1 +1,1 @@
-"""One file for each command of the command line."""
+"""One file for each command of the command line: its flags, and the function that runs it."""

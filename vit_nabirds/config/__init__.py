@@ -1,4 +1,5 @@
-"""A run's configuration: its fields with defaults and checks, and the plan that follows from it."""
+"""A run's configuration: its fields with their defaults and checks, and the plan that follows from it."""
 
-from vit_nabirds.config.fields import *  # noqa: F403
-from vit_nabirds.config.fields import default as default
+from vit_nabirds.config.fields import Config, default
+
+__all__ = ["Config", "default"]

@@ -1,70 +1,220 @@
-"""Every field of a run's configuration, its default, and the checks on its value."""
+"""Every field of a run's configuration: its default, its meaning and the check of its value."""
 
 import dataclasses
-import difflib
 import math
 import re
-from fractions import Fraction
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Self
 
 import ml_collections
 from ml_collections import config_dict
 
-from vit_nabirds.errors import UserError
-from vit_nabirds.parallel.cpus import cpu_share
+from vit_nabirds.config.durations import CLOCK, STEPS, Duration, StepRange
+from vit_nabirds.errors import ConfigError
+
+
+class Check(NamedTuple):
+    """What a field takes: a test of its value, what to say when it fails, and how text becomes the value."""
+
+    holds: Callable[[Any], bool]
+    expected: str
+    parse: Callable[[str], Any] | None = None
+
+
+POSITIVE = Check(lambda x: 0 < x < math.inf, "positive")
+NOT_NEGATIVE = Check(lambda x: 0 <= x < math.inf, "0 or more")
+SHARE = Check(lambda x: 0 <= x < 1, "at least 0 and less than 1")
+SEED = Check(lambda x: 0 <= x < 2**32, "between 0 and 2^32 - 1")
+ANY = Check(lambda _: True, "")
+PERIOD = Check(lambda x: x.amount > 0 and x.unit != "minute", f"like {STEPS}", Duration.parse)
+PERIOD_OR_MINUTES = Check(lambda x: x.amount > 0, f"like {CLOCK}", Duration.parse)
+LENGTH = Check(lambda x: x.unit != "minute", f"like {STEPS}", Duration.parse)
+STEP_RANGE = Check(lambda _: True, "the first and last step to trace, like '10-12'", StepRange.parse)
+
+
+def one_of(*values: str) -> Check:
+    return Check(lambda x: x in values, " or ".join(map(repr, values)))
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        return bool(text and re.compile(text))
+    except re.error:
+        return False
+
+
+PATTERN = Check(_is_pattern, "a regular expression, '.*' for all parameters")
+
+
+def _field(default: Any, meaning: str, check: Check = ANY, kind: type | None = None) -> Any:
+    """A field of a section. Without a default, `kind` is the type of its value."""
+    metadata = {"meaning": meaning, "check": check, "kind": kind, "default": default}
+    return dataclasses.field(default=check.parse(default) if check.parse else default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    root: str = _field("", "a folder that `prepare` wrote")
+    synthetic: bool = _field(False, "draw an archive of invented birds and prepare it as data.root, once")
+    workers: int = _field(-1, "loader processes on each host: 0 reads in threads, -1 follows the job's share of CPUs")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    pretrained: str = _field("google/vit-base-patch16-224", "Hub id, folder, or empty for random weights")
+    dropout_rate: float = _field(0.0, "share of activations dropped in training", SHARE)
+    pool: str | None = _field(
+        None, "what the head sees: 'cls', or 'cls+mean' with the patches' mean (default: as the checkpoint has it)",
+        one_of("cls", "cls+mean"), str,
+    )  # fmt: skip
+    image_size: int | None = _field(None, "pixels; positions are resized if the checkpoint has others", POSITIVE, int)
+    patch_size: int | None = _field(None, "of a model with random weights, as all fields below", POSITIVE, int)
+    hidden_size: int | None = _field(None, "width of a token", POSITIVE, int)
+    num_layers: int | None = _field(None, "transformer blocks", POSITIVE, int)
+    num_heads: int | None = _field(None, "attention heads of a block", POSITIVE, int)
+    mlp_dim: int | None = _field(None, "width of a block's MLP", POSITIVE, int)
+
+
+SHAPE = ("image_size", "patch_size", "hidden_size", "num_layers", "num_heads", "mlp_dim")  # fields of Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    name: str = _field("adamw", "'adamw', or 'sgd' with Nesterov momentum", one_of("adamw", "sgd"))
+    learning_rate: float = _field(1e-4, "the peak, after warm-up", POSITIVE)
+    head_multiplier: float = _field(1.0, "learning rate of the new classifier over that of the rest", POSITIVE)
+    schedule: str = _field("cosine", "'cosine' or 'linear'; both end at 0", one_of("cosine", "linear"))
+    warmup: Duration = _field("0 steps", "linear rise of the learning rate", LENGTH)
+    weight_decay: float = _field(0.0, "of kernels; biases, norms, class token and positions have none", NOT_NEGATIVE)
+    momentum: float = _field(0.9, "of sgd", SHARE)
+    clip_norm: float = _field(0.0, "largest global norm of the gradient; 0 leaves it as it is", NOT_NEGATIVE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    every: Duration = _field("1 epoch", f"period, like {STEPS}; the last step is always evaluated", PERIOD)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    every: Duration = _field(
+        "1 epoch", f"period, like {CLOCK}; each evaluation has a checkpoint too", PERIOD_OR_MINUTES
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A checked configuration. `Config.read` makes one of what the user wrote."""
+
+    seed: int = _field(0, "of the order of the photographs, their augmentation, dropout and new weights", SEED)
+    batch_size: int = _field(128, "photographs a step, over all devices of all hosts", POSITIVE)
+    epochs: float = _field(10.0, "passes over the training photographs", POSITIVE)
+    compute_dtype: str = _field(
+        "float32", "'float32' or 'bfloat16'; parameters stay float32", one_of("float32", "bfloat16")
+    )
+    trainable: str = _field(".*", "regular expression in parameter paths; 'classifier' trains the head alone", PATTERN)
+    cpu_devices: int = _field(1, "without an accelerator, split the CPU into this many devices", POSITIVE)
+    data: Data = dataclasses.field(default_factory=Data)
+    model: Model = dataclasses.field(default_factory=Model)
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)
+    checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+    log_every: int = _field(50, "steps", POSITIVE)
+    profile: StepRange = _field("", "'10-12' writes a trace of these steps into the workdir's tensorboard/", STEP_RANGE)
+    remat: bool = _field(False, "compute activations again in the backward pass: less memory, a third more work")
+
+    @classmethod
+    def read(cls, values: Mapping) -> Self:
+        """From a ConfigDict or a checkpoint's JSON; a missing field has its default. ConfigError for a wrong value."""
+        given = flat(values.to_dict() if isinstance(values, ml_collections.ConfigDict) else values)
+        known = {name for name, _ in fields()}
+        if unknown := sorted(given.keys() - known):
+            raise ConfigError(f"the configuration has the unknown field {unknown[0]!r}: `train --help` lists them all.")
+        config = _section(cls, given)
+        if not config.data.root:
+            raise ConfigError(
+                "config.data.root is empty: give the folder that `prepare` wrote: --config.data.root=DIR."
+            )
+        if config.data.synthetic and config.model.image_size is None:
+            raise ConfigError("config.model.image_size is None: it must be set, for the birds are drawn for it.")
+        return config
+
+    def to_dict(self) -> dict:
+        """The fields as the user writes them, for JSON."""
+        return _as_written(self)
+
+    def replace(self, **values: Any) -> "Config":
+        """With other values of some fields by name, where '__' stands for the dot: model__pool='cls'."""
+        return Config.read(flat(self.to_dict()) | {name.replace("__", "."): value for name, value in values.items()})
+
+
+def fields(section: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
+    """(dotted name, field) of every field."""
+    for field in dataclasses.fields(section):
+        if field.metadata:
+            yield prefix + field.name, field
+        else:
+            yield from fields(field.default_factory, f"{prefix}{field.name}.")
 
 
 def default() -> ml_collections.ConfigDict:
-    """The fields that every file in `configs/` starts from. A duration is '500 steps', '1 epoch' or '10 minutes'."""
+    """What every file in `configs/` starts from: each field with its default."""
+    return _defaults(Config).lock()
+
+
+def _defaults(section: type) -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
-
-    config.seed = 0
-    config.batch_size = 128  # global: over all devices of all hosts
-    config.epochs = 10.0
-    config.compute_dtype = "float32"  # or bfloat16; parameters and optimizer state stay float32
-    config.trainable = ".*"  # regular expression searched in parameter paths; 'classifier' trains the head alone
-    config.cpu_devices = 1  # on a machine without an accelerator, split its CPU into this many devices
-
-    config.data = ml_collections.ConfigDict()
-    config.data.root = ""  # a prepared folder
-    config.data.synthetic = False  # draw an archive of invented birds and prepare it as data.root, once
-    config.data.workers = -1  # loader processes for each host; 0 reads in threads, -1 follows the job's share of CPUs
-
-    config.model = ml_collections.ConfigDict()
-    config.model.pretrained = "google/vit-base-patch16-224"  # Hub id, folder, or empty for random weights
-    config.model.dropout_rate = 0.0
-    # What the head sees: cls, the class token, or cls+mean, the patches' mean too; unset: as the checkpoint has it.
-    config.model.pool = config_dict.placeholder(str)
-    # Positions are resized when it is not the checkpoint's.
-    config.model.image_size = config_dict.placeholder(int)
-    # The shape of a model with random weights; a pretrained one brings its own.
-    config.model.patch_size = config_dict.placeholder(int)
-    config.model.hidden_size = config_dict.placeholder(int)
-    config.model.num_layers = config_dict.placeholder(int)
-    config.model.num_heads = config_dict.placeholder(int)
-    config.model.mlp_dim = config_dict.placeholder(int)
-
-    config.optimizer = ml_collections.ConfigDict()
-    config.optimizer.name = "adamw"  # or sgd, with Nesterov momentum
-    config.optimizer.learning_rate = 1e-4  # the peak, after warm-up
-    config.optimizer.head_multiplier = 1.0  # learning rate of the new classifier over that of the rest
-    config.optimizer.schedule = "cosine"  # or linear; both end at 0
-    config.optimizer.warmup = "0 steps"
-    config.optimizer.weight_decay = 0.0  # of kernels; never of biases, norms, class token and positions
-    config.optimizer.momentum = 0.9  # of sgd
-    config.optimizer.clip_norm = 0.0  # largest global norm of the gradient; 0 leaves it as it is
-
-    config.evaluate = ml_collections.ConfigDict()
-    config.evaluate.every = "1 epoch"
-    config.checkpoint = ml_collections.ConfigDict()
-    config.checkpoint.every = "1 epoch"
-    config.log_every = 50  # steps
-    config.profile = ""  # '10-12' writes a trace of these steps into the workdir's tensorboard/
-    config.remat = False  # compute activations again in the backward pass: less memory, a third more work
-    return config.lock()
+    for field in dataclasses.fields(section):
+        if not field.metadata:
+            config[field.name] = _defaults(field.default_factory)
+        elif kind := field.metadata["kind"]:
+            config[field.name] = config_dict.placeholder(kind)
+        else:
+            config[field.name] = field.metadata["default"]
+    return config
 
 
-SHAPE = ("image_size", "patch_size", "hidden_size", "num_layers", "num_heads", "mlp_dim")  # fields of config.model
+def flat(tree: Mapping, prefix: str = "") -> dict:
+    """{'model': {'patch_size': 16}} -> {'model.patch_size': 16}"""
+    leaves = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return leaves
+
+
+def _section(section: type, given: dict, prefix: str = "") -> Any:
+    values = {}
+    for field in dataclasses.fields(section):
+        name = prefix + field.name
+        if not field.metadata:
+            values[field.name] = _section(field.default_factory, given, f"{name}.")
+        elif name in given:
+            values[field.name] = _checked(name, given[name], field)
+    return section(**values)
+
+
+def _checked(name: str, value: Any, field: dataclasses.Field) -> Any:
+    check = field.metadata["check"]
+    if value is None and field.default is None:
+        return None
+    try:
+        parsed = check.parse(value) if check.parse else value
+        if check.holds(parsed):
+            return parsed
+    except (TypeError, ValueError):
+        pass
+    raise ConfigError(f"config.{name} is {value!r}: it must be {check.expected or 'of another type'}.")
+
+
+def _as_written(section: Any) -> dict:
+    written = {}
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if not field.metadata:
+            value = _as_written(value)
+        written[field.name] = str(value) if isinstance(value, Duration | StepRange) else value
+    return written
+
 
 # What may differ between the runs of one workdir; of these, cpu_devices and remat change the losses, by rounding.
 FREE_ON_RESUME = re.compile(
@@ -72,147 +222,8 @@ FREE_ON_RESUME = re.compile(
 )
 
 
-def check(config: ml_collections.ConfigDict) -> None:
-    """Raise UserError for a value that no run can have."""
-
-    def require(field: str, ok: bool, expected: str) -> None:
-        if not ok:
-            raise UserError(f"config.{field} is {_get(config, field)!r}: it must be {expected}.")
-
-    fields, known = set(flat(config.to_dict())), set(flat(default().to_dict()))
-    if fields != known:
-        raise UserError(
-            f"the configuration lacks {sorted(known - fields)} and has {sorted(fields - known)} too many: let its file "
-            "start from vit_nabirds.config.default()."
-        )
-    if not config.data.root:
-        raise UserError(
-            "config.data.root is empty: give the folder that `main.py prepare` wrote, e.g. --config.data.root=DIR."
-        )
-    positive = ["batch_size", "epochs", "cpu_devices", "log_every", "optimizer.learning_rate"]
-    for field in positive + ["optimizer.head_multiplier"] + [f"model.{name}" for name in SHAPE]:
-        value = _get(config, field)
-        require(field, value is None or (math.isfinite(value) and value > 0), "positive")
-    for field in ("optimizer.weight_decay", "optimizer.clip_norm"):
-        require(field, 0 <= _get(config, field) < math.inf, "0 or more")
-    require("seed", 0 <= config.seed < 2**32, "between 0 and 2^32 - 1")
-    require("trainable", bool(config.trainable), "a regular expression, '.*' for all parameters")
-    most = 4 * cpu_share()
-    require(
-        "data.workers", -1 <= config.data.workers <= most, f"-1 (automatic), 0 (threads) or at most {most} processes"
-    )
-    if config.data.synthetic:
-        require("model.image_size", config.model.image_size is not None, "set, for the birds are drawn for it")
-    for field in ("model.dropout_rate", "optimizer.momentum"):
-        require(field, 0 <= _get(config, field) < 1, "at least 0 and less than 1")
-    for field, values in {
-        "compute_dtype": ("float32", "bfloat16"),
-        "model.pool": (None, "cls", "cls+mean"),
-        "optimizer.name": ("adamw", "sgd"),
-        "optimizer.schedule": ("cosine", "linear"),
-    }.items():
-        require(field, _get(config, field) in values, " or ".join(map(repr, values)))
-    try:
-        re.compile(config.trainable)
-    except re.error as error:
-        raise UserError(f"config.trainable is not a regular expression: {config.trainable!r}: {error}.") from None
-    for field in ("optimizer.warmup", "evaluate.every", "checkpoint.every"):
-        Duration.parse(config, field)
-    profiled_steps(config)
-
-
-def profiled_steps(config: ml_collections.ConfigDict) -> range:
-    """The steps that config.profile names, counted from 1."""
-    match = re.fullmatch(r"([0-9]+)-([0-9]+)", config.profile or "0-0")
-    if not match or int(match[1]) > int(match[2]) or (config.profile and int(match[1]) == 0):
-        raise UserError(f"config.profile is {config.profile!r}: name the first and last step to trace, like '10-12'.")
-    return range(int(match[1]), int(match[2]) + 1)
-
-
-def explain(error: Exception, argv: list[str]) -> str:
-    """One line for what Python or ml_collections says of the configuration that a command line asks for."""
-    named = [i for i, argument in enumerate(argv) if re.match("--?config(=|$)", argument)][0]
-    file = argv[named].partition("=")[2] or "".join(argv[named + 1 : named + 2])
-    if isinstance(error, OSError):
-        return f"the configuration file {file!r} cannot be read: give the path of one, like configs/birds60.py"
-    while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps them
-        error = error.args[0]
-    message = str(error.args[0] if error.args else error).strip()
-    unknown = re.match(r"Key \"(\w+)\" does not exist", message) or re.match(r"'?(\w+)'?(\nDid you mean|$)", message)
-    if unknown and isinstance(error, KeyError | AttributeError):
-        given = re.search(rf"--config\.((\w+\.)*{unknown[1]})\b", " ".join(argv))
-        name = given[1] if given else unknown[1]
-
-        def likeness(field: str) -> float:
-            return max(difflib.SequenceMatcher(None, name, x).ratio() for x in (field, field.rpartition(".")[2]))
-
-        nearest = max(flat(default().to_dict()), key=likeness)
-        return f"{given[0] if given else file}: there is no field {name!r}; did you mean {nearest!r}?"
-    if "Traceback" in message:
-        message = message.splitlines()[-1]
-    return f"{file}: {type(error).__name__}: {' '.join(message.split())}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Duration:
-    """A period: one of its three units is set."""
-
-    steps: Fraction | None = None
-    epochs: Fraction | None = None
-    minutes: Fraction | None = None
-
-    @classmethod
-    def parse(cls, config: ml_collections.ConfigDict, field: str) -> "Duration":
-        """The Duration that a field spells; only warm-up may be 0, and only checkpoints go by the clock."""
-        text, clock = _get(config, field), field == "checkpoint.every"
-        match = re.fullmatch(r"\s*(\d+|\d+\.\d+(?!\s*step))\s*(step|epoch|minute)s?\s*", text)
-        if not match or (match[2] == "minute" and not clock) or not (float(match[1]) or field == "optimizer.warmup"):
-            forms = "'500 steps', '1 epoch' or '10 minutes'" if clock else "'500 steps' or '1 epoch'"
-            raise UserError(f"config.{field} is {text!r}: write it like {forms}.")
-        return cls(**{match[2] + "s": Fraction(match[1])})
-
-    def in_steps(self, steps_per_epoch: Fraction) -> Fraction | None:
-        """The period in steps; None when it is one of time."""
-        return self.steps if self.epochs is None else self.epochs * steps_per_epoch
-
-
-def is_due(step: int, period: Fraction | None) -> bool:
-    """Whether a period (in steps, perhaps not whole) ends with this step; None: it goes by the clock."""
-    return period is not None and step // period > (step - 1) // period
-
-
-def resolve(config: ml_collections.ConfigDict, architecture: dict) -> ml_collections.ConfigDict:
-    """The configuration with the model's shape filled in; UserError when it asks for another one."""
-    config = config.copy_and_resolve_references()
-    config.data.root = str(Path(config.data.root).resolve())
-    for field in SHAPE:
-        value = architecture["img_size" if field == "image_size" else field]
-        if config.model[field] not in (None, value):
-            raise UserError(
-                f"config.model.{field} is {config.model[field]}, but {config.model.pretrained or 'the checkpoint'} has "
-                f"{value}: leave it out, or empty config.model.pretrained for random weights."
-            )
-        config.model[field] = value
-    config.model.pool = architecture.get("pool", "cls")
-    return config
-
-
-def differences(old: dict, new: dict) -> list[str]:
+def differences(old: Config, new: Config) -> list[str]:
     """'field: old -> new' for each field that differs and that a resumed run may not change."""
-    old, new = flat(old), flat(new)
-    fields = [f for f in sorted(old | new) if not FREE_ON_RESUME.fullmatch(f) and old.get(f) != new.get(f)]
-    return [f"{field}: {old.get(field)!r} -> {new.get(field)!r}" for field in fields]
-
-
-def flat(tree: dict, prefix: str = "") -> dict:
-    """{'model': {'patch_size': 16}} -> {'model.patch_size': 16}"""
-    leaves = {}
-    for key, value in tree.items():
-        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return leaves
-
-
-def _get(config: ml_collections.ConfigDict, field: str):
-    for name in field.split("."):
-        config = config[name]
-    return config
+    old, new = flat(old.to_dict()), flat(new.to_dict())
+    changed = [name for name in sorted(new) if not FREE_ON_RESUME.fullmatch(name) and old[name] != new[name]]
+    return [f"{name}: {old[name]!r} -> {new[name]!r}" for name in changed]

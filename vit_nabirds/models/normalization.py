@@ -1,4 +1,4 @@
-"""uint8 pixels as the model expects them."""
+"""From uint8 pixels to what the model expects."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Normalization:
-    """Mean and standard deviation of each channel, for pixels in [0, 1], as the checkpoint was trained with."""
+    """Mean and standard deviation of each channel of pixels in [0, 1], from the training of the checkpoint."""
 
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -20,5 +20,5 @@ def to_float(images: jax.Array) -> jax.Array:
 
 
 def zscore(images: jax.Array, normalization: Normalization) -> jax.Array:
-    """Pixels in [0, 1] -> zero mean and unit variance, channel by channel."""
+    """Pixels in [0, 1] -> zero mean and unit variance in each channel."""
     return (images - jnp.array(normalization.mean)) / jnp.array(normalization.std)

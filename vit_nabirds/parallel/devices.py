@@ -1,5 +1,6 @@
 """Devices, the mesh they form, and what goes to them."""
 
+import contextlib
 import functools
 import os
 
@@ -10,10 +11,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 def split_cpu(devices: int) -> None:
-    """Let the CPU count as several devices where there is no accelerator; before JAX touches a device."""
+    """Let the CPU count as several devices where there is no accelerator, unless JAX has been used in this process."""
     in_flags = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not in_flags and jax.config.jax_num_cpu_devices != devices:
-        jax.config.update("jax_num_cpu_devices", devices)
+        with contextlib.suppress(RuntimeError):  # in a notebook; any number of devices gives the same result
+            jax.config.update("jax_num_cpu_devices", devices)
 
 
 def make_mesh() -> Mesh:
@@ -25,6 +27,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def over_batch(mesh: Mesh) -> NamedSharding:
+    """Shards the first axis."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
 def replicate(array: np.ndarray, mesh: Mesh) -> jax.Array:
     """The same array of every process -> one copy on each device."""
     return jax.make_array_from_callback(array.shape, replicated(mesh), lambda _: array)
@@ -32,7 +39,7 @@ def replicate(array: np.ndarray, mesh: Mesh) -> jax.Array:
 
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This host's block of a batch -> arrays of the global batch, sharded on `data`."""
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    sharding = over_batch(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, block) for name, block in batch.items()}
 
 

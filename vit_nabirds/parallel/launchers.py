@@ -1,25 +1,26 @@
-"""The start of a job of several processes: which this one is, where the others are, and which devices are its own."""
+"""Which process of a job this is, where the others are and which GPUs it has: from Slurm, or from flags."""
 
 import atexit
 import dataclasses
 import glob
+import hashlib
+import importlib.metadata
 import logging
 import os
+import platform
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
-import jax
+from vit_nabirds.errors import ConfigError, UserError
+from vit_nabirds.parallel.group import NODE, ProcessGroup, split_address
 
-from vit_nabirds.errors import UserError
-from vit_nabirds.parallel import link
-from vit_nabirds.parallel.link import NODE
-
-START_TIMEOUT = 45  # seconds for all processes to meet
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "dm-pix", "orbax-checkpoint", "numpy")  # they change results
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """The place of this process among those of a job; `local_device_ids` None: all devices that it sees."""
+class Launch:
+    """One process of several. `local_device_ids` None: every device that it sees is its own."""
 
     coordinator: str  # host:port of process 0
     num_processes: int
@@ -27,8 +28,8 @@ class Place:
     local_device_ids: list[int] | None = None
 
 
-def place_in_slurm(environ: Mapping[str, str] = os.environ, gpus: int | None = None) -> Place | None:
-    """The place that Slurm gave this task; None when it is not one of several tasks that srun started.
+def launched_by_slurm(environ: Mapping[str, str] = os.environ, gpus: int | None = None) -> Launch | None:
+    """What Slurm says about this task; None if it is not one of several tasks that srun started.
 
     `gpus` is the number of the node's GPUs when CUDA_VISIBLE_DEVICES does not say which are the task's.
     """
@@ -40,15 +41,15 @@ def place_in_slurm(environ: Mapping[str, str] = os.environ, gpus: int | None = N
     nodes = environ["SLURM_STEP_NODELIST"]  # like 'gpu[007-009,12],login1'
     first = re.sub(r"\[(\w+)[^]]*]", r"\1", nodes).split(",")[0]
     host = first if int(environ["SLURM_STEP_NUM_NODES"]) > 1 else "127.0.0.1"
-    return Place(
+    return Launch(
         f"{host}:{port}",
         int(environ["SLURM_STEP_NUM_TASKS"]),
         int(environ["SLURM_PROCID"]),
-        _devices_of_task(environ, len(glob.glob("/dev/nvidia[0-9]*")) if gpus is None else gpus),
+        _gpus_of_task(environ, len(glob.glob("/dev/nvidia[0-9]*")) if gpus is None else gpus),
     )
 
 
-def _devices_of_task(environ: Mapping[str, str], gpus: int) -> list[int] | None:
+def _gpus_of_task(environ: Mapping[str, str], gpus: int) -> list[int] | None:
     """Indices of a task's GPUs among those it sees; None when they are all its own."""
     # '2(x3),1': two tasks on each of three nodes and one on the fourth
     counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", environ["SLURM_STEP_TASKS_PER_NODE"])
@@ -69,54 +70,69 @@ def _devices_of_task(environ: Mapping[str, str], gpus: int) -> list[int] | None:
 
 
 def join(
-    coordinator: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-    timeout: int = START_TIMEOUT,
-) -> None:
-    """Meet the other processes of the job: as said here, else as Slurm says; without either this one is alone.
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None, timeout: int = 45
+) -> ProcessGroup:
+    """The group of this job's processes, given here or by Slurm; a group of one without either.
 
-    UserError when they do not meet within `timeout` seconds.
+    UserError if they do not all meet within `timeout` seconds.
     """
-    place = place_in_slurm()
+    launch = launched_by_slurm()
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     if any(value is not None for value in given.values()):
-        given = {name: getattr(place, name, None) if value is None else value for name, value in given.items()}
+        given = {name: getattr(launch, name, None) if value is None else value for name, value in given.items()}
         if missing := [f"--{name}" for name, value in given.items() if value is None]:
-            raise UserError(f"a process of several that srun did not start needs {' and '.join(missing)} too.")
-        place = Place(**given, local_device_ids=place.local_device_ids if place else None)
-    if place:
-        port = re.fullmatch(r".+:(\d+)", place.coordinator)
-        if not port or not 0 < int(port[1]) < 2**16 or place.process_id >= place.num_processes:
-            raise UserError(
-                f"--coordinator={place.coordinator} --num_processes={place.num_processes} "
-                f"--process_id={place.process_id} is no place: HOST:PORT of process 0, and numbers from 0 on."
-            )
-        start(place, timeout)
+            raise ConfigError(f"a process of several that srun did not start needs {' and '.join(missing)} too.")
+        launch = Launch(**given, local_device_ids=launch.local_device_ids if launch else None)
+    if launch is None:
+        return ProcessGroup()
+    address = split_address(launch.coordinator, launch.num_processes, launch.process_id)
+    group = ProcessGroup(launch.process_id, launch.num_processes)
+    group.meet(*address, timeout)
+    _initialize_jax(launch, group)
+    return group
 
 
-class _EndOfOrbax(logging.Handler):
-    """Ends the job when a thread of Orbax has logged its failure, for which the other processes would wait for long."""
+def _initialize_jax(launch: Launch, group: ProcessGroup) -> None:
+    """Connect the group's JAX runtimes, before JAX touches a device."""
+    import jax
 
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.exc_info and record.exc_info[1]:
-            link.fail_with(record.exc_info[1])
-
-
-def start(place: Place, timeout: int = START_TIMEOUT) -> None:
-    """Join the other processes of the job, before JAX touches a device; UserError after `timeout` seconds."""
-    link.meet(place.coordinator, place.num_processes, place.process_id, timeout)
-    # Its handler of SIGTERM would replace ours; `any_process` has the agreement on the step to stop at.
+    # Its handler of SIGTERM would replace ours; the processes agree on the step to stop at by `devices.any_process`.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
-        place.coordinator,
-        place.num_processes,
-        place.process_id,
-        local_device_ids=place.local_device_ids,
+        launch.coordinator,
+        launch.num_processes,
+        launch.process_id,
+        local_device_ids=launch.local_device_ids,
         cluster_detection_method="deactivate",
         heartbeat_timeout_seconds=60,
     )
     absl = logging.getLogger("absl")
-    absl.handlers, absl.propagate = [_EndOfOrbax(logging.ERROR)], False
+    absl.handlers, absl.propagate = [_EndOfOrbax(group)], False
     absl.setLevel(logging.ERROR)
-    atexit.register(link.part)  # the last registered is the first to run: before JAX's parting
+    atexit.register(group.leave)  # the last registered is the first to run: before JAX leaves
+
+
+class _EndOfOrbax(logging.Handler):
+    """Ends the job when a thread of Orbax logs its failure: the other processes would wait for it for long."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        super().__init__(logging.ERROR)
+        self._group = group
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and record.exc_info[1]:
+            self._group.fail_with(record.exc_info[1])
+
+
+def check_same_program(group: ProcessGroup, configuration: dict) -> None:
+    """UserError in a process with other code, packages or configuration (by dotted name) than process 0."""
+    if group.num_processes == 1:
+        return
+    package = Path(__file__).parent.parent
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(package.rglob("*.py"))))
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    environment = packages | {"python": platform.python_version(), "vit_nabirds": code.hexdigest()[:12]}
+    group.agree("the environment", environment, "Use one environment and one checkout on storage that all share.")
+    # The data may lie elsewhere on each node; their fingerprints are compared.
+    values = {f"config.{name}": value for name, value in configuration.items() if name != "data.root"}
+    group.agree("the configuration", values, "Start all processes with the same command.")

@@ -1,4 +1,4 @@
-"""Locks on files: one process at a time trains in a workdir, or packs a folder."""
+"""Locks on files, so that one process at a time trains in a workdir or packs a folder."""
 
 import fcntl
 from pathlib import Path
@@ -7,13 +7,13 @@ from typing import TextIO
 from vit_nabirds.errors import UserError
 
 
-def lock(file: Path, otherwise: str) -> TextIO:
-    """An open file that keeps other processes out, where its file system has locks; else UserError(otherwise)."""
+def lock(file: Path, message: str) -> TextIO:
+    """Lock the file until it is closed; UserError(message) if another process has locked it."""
     opened = file.open("a")
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(otherwise) from None
-    except OSError:  # without locks
+        raise UserError(message) from None
+    except OSError:  # a file system without locks
         pass
     return opened

@@ -7,26 +7,26 @@ import threading
 import time
 from typing import Self
 
-from vit_nabirds.parallel import processes
-
-EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request with everything saved; run the same command again to go on
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request with everything saved; the same command goes on
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """SIGTERM or Ctrl-C while it is entered: `requested` says so, and the work ends at the next safe point.
+    """While entered, SIGTERM or Ctrl-C sets `requested`, and the work ends at the next safe point.
 
-    A signal more than a second later (sooner, it is the first one on another way) kills the process at once; the last
-    complete checkpoint stays as it is.
+    A second signal, more than a second later (srun and the terminal may send the first one twice), kills the process at
+    once; the last complete checkpoint stays. `speaks`: this process answers the user, at once, with a line.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, speaks: bool = True) -> None:
         self.requested = False
         self.since = 0.0
+        self.busy_with = ""  # work that cannot be interrupted, for the answer
+        self._speaks = speaks
 
     def __enter__(self) -> Self:
-        # A thread takes the signals from a pipe: the main one may be deep in a compilation or a collective. The handler
-        # is for those that an event loop of a library takes from the pipe meanwhile.
+        # A thread reads the signals from a pipe: the main one may be deep in a compilation or a collective. The handler
+        # is for signals that an event loop of a library takes from the pipe meanwhile.
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._thread = threading.Thread(target=self._listen, daemon=True)
@@ -35,7 +35,7 @@ class StopRequest:
         self._previous = {number: signal.signal(number, self._request) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._previous_pipe)
@@ -51,12 +51,13 @@ class StopRequest:
                 os.write(2, b"stopped at once: the same command goes on from the last complete checkpoint\n")
                 for worker in multiprocessing.active_children():
                     worker.kill()
-                os.kill(os.getpid(), signal.SIGKILL)  # not an exit code: to Slurm it is a job to be queued again
+                os.kill(os.getpid(), signal.SIGKILL)  # no exit code: Slurm takes such a job back into the queue
             self._request()
 
-    def _request(self, *_) -> None:
+    def _request(self, *_: object) -> None:
         if not self.requested:
             self.since = time.monotonic()
             self.requested = True
-            if processes.is_writer():
-                os.write(2, b"stopping at the next safe point; a second signal stops at once\n")
+            if self._speaks:
+                when = f"after {self.busy_with}" if self.busy_with else "at the next safe point"
+                os.write(2, f"stopping {when}; a second signal stops at once\n".encode())

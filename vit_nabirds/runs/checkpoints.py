@@ -1,52 +1,48 @@
-"""Checkpoints of a run: written in the background with Orbax, the newest and the best kept."""
+"""Checkpoints of a run: plain Orbax trees by path, written in the background, with a checksum of every array."""
 
-import collections
 import contextlib
 import dataclasses
 import errno
-import json
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from vit_nabirds.models.normalization import Normalization
 from vit_nabirds.errors import UserError
+from vit_nabirds.models.normalization import Normalization
+
+Arrays = dict[str, jax.Array]  # by path, like 'encoder/layers/0/norm1/scale'
 
 
 @dataclasses.dataclass(frozen=True)
-class About:
-    """What a checkpoint needs to be used without its data set."""
+class Metadata:
+    """What is needed to use a checkpoint without its photographs."""
 
     config: dict
     architecture: dict  # arguments of VisionTransformer
     species: list[str]  # by label
     normalization: Normalization
-    fingerprint: str  # of the data
-
-    def to_json(self) -> dict:
-        return dataclasses.asdict(self)
+    fingerprint: str  # of the photographs
 
     @classmethod
-    def from_json(cls, fields: dict) -> "About":
+    def from_json(cls, fields: dict) -> Self:
         normalization = Normalization(*(tuple(values) for values in fields["normalization"].values()))
+        fields = {field.name: fields[field.name] for field in dataclasses.fields(cls)}
         return cls(**fields | {"normalization": normalization})
 
 
 class Checkpoints:
-    """The folder `checkpoints` of a run.
+    """The folder `checkpoints` of a run. The two newest are kept (if the machine dies while one is written, the other
+    is whole), and those whose steps are in `keep`."""
 
-    The two newest are kept (should the machine die while one is being written, the other is whole) and the best:
-    `best_step` is told after each evaluation, which follows the save that it judges.
-    """
-
-    def __init__(self, folder: Path, read_only: bool = False):
-        self.best_step: int | None = None
-        self.unknown: list[int] = []  # steps of checkpoints that may be better than the best one that is known
+    def __init__(self, folder: Path, read_only: bool = False) -> None:
+        self.keep: Collection[int] = ()
         self._saving = None  # Orbax's response of the save under way
         self._orbax = ocp.training.Checkpointer(
             folder.absolute(),
@@ -55,30 +51,72 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
         )
 
-    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    def should_preserve(self, checkpoints: list, *, context: Any) -> list[bool]:
         """Orbax's PreservationPolicy."""
         newest = [checkpoint.step for checkpoint in checkpoints][-2:]
-        return [checkpoint.step in (*newest, self.best_step, *self.unknown) for checkpoint in checkpoints]
+        return [checkpoint.step in (*newest, *self.keep) for checkpoint in checkpoints]
 
     @property
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
         return [checkpoint.step for checkpoint in self._orbax.checkpoints]
 
-    def save(self, step: int, state: dict, about: About) -> None:
-        """Copy the state and return; it is written in the background and shows when it is complete."""
-        training = {name: part for name, part in state.items() if name != "params"}
-        parts = {"params": state["params"], "training": training}
-        vectors = _vectors(parts)
-        arrays = {name: layout(part) for name, part in parts.items()}
-        metadata = about.to_json() | {"arrays": arrays, "checksums": checksums(vectors)}
+    def save(self, step: int, parts: dict[str, Arrays], digests: dict[str, "Digest"], metadata: Metadata) -> None:
+        """Copy the arrays of {part: arrays by path} off the devices and return; the rest happens in the background."""
+        arrays = {
+            name: {path: _described(array, digests[name][path]) for path, array in part.items()}
+            for name, part in parts.items()
+        }
         options = ocp.Context()
         options.array.saving.use_compression = False  # it doubles the time of writing, which steps pay for
         options.array.saving.storage_options.chunk_byte_size = 2**26
         options.array.saving.array_metadata_store = None
+        options.array.saving.use_replica_parallel = False  # it cuts up copies of the arrays on the devices
         self._finish()
         with options:
-            self._saving = self._orbax.save_checkpointables_async(step, vectors, custom_metadata=metadata)
+            self._saving = self._orbax.save_checkpointables_async(
+                step, parts, custom_metadata=dataclasses.asdict(metadata) | {"arrays": arrays}
+            )
+
+    def metadata(self, step: int) -> Metadata:
+        try:
+            return Metadata.from_json(self._custom_metadata(step))
+        except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+            raise self._unusable(step, error) from error
+
+    def restore(self, step: int, like: dict[str, dict[str, jax.ShapeDtypeStruct]]) -> dict[str, Arrays]:
+        """The parts named in `like`, each array on the sharding that `like` gives it."""
+        try:
+            stored = self._custom_metadata(step)["arrays"]
+            for name, part in like.items():
+                if (
+                    any(stored[name][path][:2] != _described(x) for path, x in part.items())
+                    or stored[name].keys() - part
+                ):
+                    raise KeyError(name)
+        except KeyError:
+            raise UserError(
+                f"{self._orbax.directory / str(step)} was written by another version of this program: go on with that "
+                "version, or use another --workdir."
+            ) from None
+        try:
+            parts = self._orbax.load_checkpointables(step, like)
+        except (ValueError, KeyError, OSError) as error:
+            raise self._unusable(step, error) from error
+        for name, part in parts.items():  # on the host: another program for each shape would have to be compiled
+            if any(stored[name][path][2] != list(map(int, _sums(np.asarray(x))[:2])) for path, x in part.items()):
+                raise self._unusable(step)
+        return parts
+
+    def close(self) -> None:
+        """Wait until the save under way is complete."""
+        try:
+            self._finish()
+        finally:
+            self._orbax.close()
+
+    def _custom_metadata(self, step: int) -> dict:
+        return dict(self._orbax.checkpointables_metadata(step).custom_metadata)
 
     def _finish(self) -> None:
         """Wait for the save under way: only its result ends the thread and the event loop that Orbax gave it."""
@@ -86,35 +124,8 @@ class Checkpoints:
             saving, self._saving = self._saving, None
             saving.result()
 
-    def about(self, step: int) -> About:
-        try:
-            fields = dict(self._orbax.checkpointables_metadata(step).custom_metadata)
-            return About.from_json({name: fields[name] for name in fields.keys() - {"arrays", "checksums"}})
-        except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-            raise self._unusable(step, error) from error
-
-    def restore(self, step: int, like: dict) -> dict:
-        """The state of a step, or its `params` alone, as the tree `like` of ShapeDtypeStruct with shardings says."""
-        training = {name: part for name, part in like.items() if name != "params"}
-        parts = {"params": like["params"]} | ({"training": training} if training else {})
-        metadata = self._orbax.checkpointables_metadata(step).custom_metadata
-        if any(metadata.get("arrays", {}).get(name) != layout(part) for name, part in parts.items()):
-            raise UserError(
-                f"{self._orbax.directory / str(step)} was written by another version of this program: go on with that "
-                "version, or use another --workdir."
-            )
-        sharding = jax.tree.leaves(like)[0].sharding
-        try:
-            vectors = self._orbax.load_checkpointables(step, placed(jax.eval_shape(_vectors, parts), sharding))
-        except (ValueError, KeyError, OSError) as error:
-            raise self._unusable(step, error) from error
-        if any(metadata["checksums"][name] != sums for name, sums in checksums(vectors).items()):
-            raise self._unusable(step)
-        loaded = _trees(jax.tree.map(np.asarray, vectors), parts)
-        return {"params": loaded["params"], **loaded.get("training", {})}
-
     def _unusable(self, step: int, error: BaseException | None = None) -> UserError:
-        """What to say of a checkpoint that failed to load: damaged is only what was read and found wrong."""
+        """Why a checkpoint fails to load: damaged is only what was read and found wrong."""
         folder = self._orbax.directory / str(step)
         if reason := reading_error(folder, error):
             return UserError(
@@ -123,63 +134,41 @@ class Checkpoints:
             )
         return UserError(f"{folder} is damaged: delete that folder to go on from the checkpoint before it.")
 
-    def close(self) -> None:
-        """Wait until what is being written is complete."""
-        try:
-            self._finish()
-        finally:
-            self._orbax.close()
+
+@dataclasses.dataclass(frozen=True)
+class Digest:
+    """Of one array: two sums of its bits (a file system may give back what was not written), and if all is finite."""
+
+    checksum: list[int]
+    is_finite: bool
 
 
-def layout(tree: dict) -> dict[str, dict]:
-    """Where every array of a tree lies in the vector of its dtype: in one or two long vectors a checkpoint costs a
-    third of the processor's time that it does in hundreds of arrays."""
-    arrays, ends = {}, collections.Counter()
-    for path, array in jax.tree.leaves_with_path(tree):
-        dtype = str(array.dtype)
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        arrays[name] = {"dtype": dtype, "start": ends[dtype], "shape": list(array.shape)}
-        ends[dtype] += array.size
-    return arrays
+def digest(parts: dict[str, Arrays]) -> dict[str, dict[str, Digest]]:
+    """Of every array, computed where it lies; in the host's memory without a compiled program for each shape."""
+    on_host = all(device.platform == "cpu" for device in next(iter(parts["params"].values())).devices())
+    sums = jax.device_get(jax.tree.map((lambda x: _sums(np.asarray(x))) if on_host else _sums_on_device, parts))
+    return {
+        name: {path: Digest([int(x[0]), int(x[1])], not x[2]) for path, x in part.items()}
+        for name, part in sums.items()
+    }
 
 
-@jax.jit
-def _vectors(parts: dict[str, dict]) -> dict[str, dict[str, jax.Array]]:
-    """{part: {dtype: vector}}, as `layout` says."""
-    vectors = {}
-    for name, part in parts.items():
-        by_dtype = collections.defaultdict(list)
-        for array in jax.tree.leaves(part):
-            by_dtype[str(array.dtype)].append(array.ravel())
-        vectors[name] = {dtype: jnp.concatenate(arrays) for dtype, arrays in by_dtype.items()}
-    return vectors
+def _sums(x: np.ndarray | jax.Array) -> list:
+    """Sum and weighted sum of the bits, and whether a value is not finite; NumPy and JAX give the same."""
+    xp = x.__array_namespace__()
+    bits = x.ravel().view(f"uint{8 * x.dtype.itemsize}").astype("uint32")
+    odd = 2 * xp.arange(bits.size, dtype="uint32") + 1
+    with np.errstate(over="ignore", invalid="ignore"):  # the answer says so
+        return [xp.sum(bits, dtype="uint32"), xp.sum(bits * odd, dtype="uint32"), ~xp.isfinite(xp.sum(x))]
 
 
 @jax.jit
-def _sums(vectors: dict[str, dict[str, jax.Array]]) -> dict[str, dict[str, jax.Array]]:
-    def sums(vector: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(vector, jnp.dtype(f"uint{8 * vector.dtype.itemsize}")).astype(jnp.uint32)
-        odd = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1
-        return jnp.stack([jnp.sum(bits, dtype=jnp.uint32), jnp.sum(bits * odd, dtype=jnp.uint32)])
-
-    return jax.tree.map(sums, vectors)
+def _sums_on_device(x: jax.Array) -> jax.Array:
+    return jnp.stack([value.astype(jnp.uint32) for value in _sums(x)])
 
 
-def checksums(vectors: dict[str, dict[str, jax.Array]]) -> dict[str, dict[str, list[int]]]:
-    """{part: {dtype: two sums of the bits}}: a file system may give back what was not written."""
-    return jax.tree.map(lambda sums: np.asarray(sums).tolist(), _sums(vectors))
-
-
-def _trees(vectors: dict[str, dict[str, np.ndarray]], like: dict[str, dict]) -> dict[str, dict]:
-    """The inverse of `_vectors`, on the devices; the host cuts them up, for hundreds of slices compile long."""
-    trees = {}
-    for name, part in like.items():
-        arrays = []
-        for where, leaf in zip(layout(part).values(), jax.tree.leaves(part), strict=True):
-            values = vectors[name][where["dtype"]][where["start"] :][: leaf.size].reshape(leaf.shape)
-            arrays.append(jax.make_array_from_callback(leaf.shape, leaf.sharding, values.__getitem__))
-        trees[name] = jax.tree.unflatten(jax.tree.structure(part), arrays)
-    return trees
+def _described(array: jax.Array | jax.ShapeDtypeStruct, found: Digest | None = None) -> list:
+    return [str(array.dtype), list(array.shape), *([found.checksum] if found else [])]
 
 
 def reading_error(folder: Path, error: BaseException | None) -> str | None:
@@ -202,21 +191,15 @@ def reading_error(folder: Path, error: BaseException | None) -> str | None:
     return None
 
 
-def newest(folder: Path) -> tuple[list[int], About] | None:
-    """Steps of the complete checkpoints and the description of the newest; None when there is none. Writes nothing."""
+def newest(folder: Path) -> tuple[list[int], Metadata | None]:
+    """Steps of the complete checkpoints and the metadata of the newest. Writes nothing."""
     if not folder.is_dir():
-        return None
+        return [], None
     with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
-        return (checkpoints.steps, checkpoints.about(checkpoints.steps[-1])) if checkpoints.steps else None
+        steps = checkpoints.steps
+        return steps, checkpoints.metadata(steps[-1]) if steps else None
 
 
-def placed(tree: dict, sharding: jax.sharding.Sharding) -> dict:
-    """The shapes of a state, every array on `sharding`: what `Checkpoints.restore` takes."""
+def placed(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+    """The shapes of arrays with a sharding for each: what `Checkpoints.restore` takes."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
-
-
-def write_json(file: Path, value: dict) -> None:
-    """Write the whole file or nothing."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.replace(file)

@@ -6,7 +6,7 @@ import logging
 import zlib
 from pathlib import Path
 
-from vit_nabirds.runs.checkpoints import write_json
+from vit_nabirds.runs.files import write_json
 
 log = logging.getLogger("vit_nabirds")
 
@@ -50,6 +50,11 @@ class Selection:
         """The step with the highest METRIC among those that have a checkpoint; the earliest of equals."""
         known = sorted(set(self.evaluations) & set(checkpoints))
         return max(known, key=lambda step: self.evaluations[step][METRIC], default=None)
+
+    def keep(self, checkpoints: list[int]) -> list[int]:
+        """The steps whose checkpoints must not be deleted: the best, and those that may be better."""
+        best = self.best(checkpoints)
+        return [*self.unknown, *([] if best is None else [best])]
 
     def write(self) -> None:
         content = {"metric": METRIC, "evaluations": self.evaluations, "unknown": self.unknown}

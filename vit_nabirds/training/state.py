@@ -1,47 +1,36 @@
-"""The state of a training, in few arrays: JAX's host time at each step is 8 µs for every one of them."""
+"""The state of a training."""
 
-from collections.abc import Collection
+import dataclasses
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 import optax
 
 
-def initial(
-    params: dict[str, jax.Array],
-    tx: optax.GradientTransformation,
-    groups: dict[str, list[str]],
-    trained: Collection[str],
-) -> dict:
-    """The state before the first step, of parameters by path; `trained` are the names of `groups` that are."""
-    packed = pack(params, groups)
-    opt_state = tx.init({name: packed[name] for name in trained})
-    return {"step": jnp.zeros((), jnp.int32), "params": packed, "opt_state": opt_state}
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a step changes. Arrays by path, like 'encoder/layers/0/attn/query/kernel'."""
 
+    step: jax.Array  # int32 ()
+    params: dict[str, jax.Array]  # float32
+    opt_state: optax.OptState  # of the trainable parameters
+    ema: dict[str, jax.Array] | None = None
 
-def group(paths: Collection[str], shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, list[str]]:
-    """Which parameters share an array, by the path of the first: the small ones of the layers that have one shape.
+    @classmethod
+    def initial(cls, params: dict[str, jax.Array], tx: optax.GradientTransformation, trainable: list[str]) -> Self:
+        """Before the first step."""
+        return cls(jnp.zeros((), jnp.int32), params, tx.init({path: params[path] for path in trainable}))
 
-    Kernels have arrays of their own, for stacking would copy them at every step.
-    """
-    groups, firsts = {}, {}
-    for path in paths:
-        small = path.startswith("encoder/") and not path.endswith("/kernel")
-        groups.setdefault(firsts.setdefault(shapes[path].shape, path) if small else path, []).append(path)
-    return groups
+    def parts(self) -> dict[str, dict[str, jax.Array]]:
+        """As checkpoints hold it: {'params': by path, 'training': all the rest by path}."""
+        rest = jax.tree.leaves_with_path(dataclasses.replace(self, params={}))
+        named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in rest}
+        return {"params": self.params, "training": named}
 
-
-def pack(params: dict[str, jax.Array], groups: dict[str, list[str]]) -> dict[str, jax.Array]:
-    """Parameters by path -> by the names of `groups`, those of one group stacked."""
-    return {
-        name: params[name] if len(paths) == 1 else jnp.stack([params[path] for path in paths])
-        for name, paths in groups.items()
-    }
-
-
-def unpack(packed: dict[str, jax.Array], groups: dict[str, list[str]]) -> dict[str, jax.Array]:
-    """The inverse of `pack`."""
-    params = {}
-    for name, paths in groups.items():
-        params |= {name: packed[name]} if len(paths) == 1 else zip(paths, jnp.unstack(packed[name]), strict=True)
-    return params
+    def with_parts(self, parts: dict[str, dict[str, jax.Array]]) -> Self:
+        """A state of this structure with other arrays."""
+        structure = jax.tree.structure(dataclasses.replace(self, params={}))
+        rest = jax.tree.unflatten(structure, [parts["training"][path] for path in self.parts()["training"]])
+        return dataclasses.replace(rest, params=parts["params"])

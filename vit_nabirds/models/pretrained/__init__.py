@@ -1,1 +1,1 @@
-"""Hugging Face checkpoints: read, converted, resized, written."""
+"""Hugging Face checkpoints: reading, converting, resizing, writing."""

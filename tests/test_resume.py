@@ -1,0 +1,195 @@
+"""A run that goes on after a stop or a crash: the same numbers, whatever layout, and nothing of another run."""
+
+import json
+import shutil
+
+import numpy as np
+import polars as pl
+import pytest
+from tiny_runs import FINISHED, STOPPED, arrays_of, at, crash, losses, steps_of, terminate, train
+
+from vit_nabirds.commands.evaluate import evaluate
+from vit_nabirds.errors import UserError
+from vit_nabirds.parallel.locks import lock
+from vit_nabirds.runs.metrics import read_evaluations
+from vit_nabirds.runs.selection import Selection
+
+
+@pytest.mark.parametrize(
+    "moment, step, evaluated",
+    [
+        ("compiled in", 1, []),
+        ("step 5/20", 5, []),  # the checkpoint of step 5 is there, its evaluation not yet
+        ("step 6/20", 8, [5]),
+        ("step 8/20", 10, [5]),  # no evaluation where one is due, after a request to stop
+    ],
+)
+def test_a_stopped_and_resumed_run_is_bit_equal(undisturbed, tiny_config, tmp_path, moment, step, evaluated):
+    with at(moment, terminate):
+        assert train(tiny_config, tmp_path) == STOPPED
+    assert max(losses(tmp_path)) == step == steps_of(tmp_path)[-1]
+    assert list(read_evaluations(tmp_path / "metrics.jsonl")) == evaluated
+    assert not (tmp_path / "results.json").exists()
+    tiny_config.checkpoint.every = "10 minutes"  # changes no number
+    assert train(tiny_config, tmp_path) == FINISHED
+    assert losses(tmp_path) == losses(undisturbed)
+    assert read_evaluations(tmp_path / "metrics.jsonl") == read_evaluations(undisturbed / "metrics.jsonl")
+    ours, theirs = arrays_of(tmp_path, 20), arrays_of(undisturbed, 20)
+    assert ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_crash_loses_only_what_was_not_saved(undisturbed, tiny_config, tmp_path):
+    tiny_config.checkpoint.every = "3 steps"
+    with at("step 11/20", crash), pytest.raises(RuntimeError, match="died"):
+        train(tiny_config, tmp_path)
+    assert steps_of(tmp_path)[-1] == 10
+    assert train(tiny_config, tmp_path) == FINISHED
+    assert losses(tmp_path) == losses(undisturbed)
+
+
+def test_a_finished_run_stays_as_it_is(undisturbed, tiny_config):
+    names = ("metrics.jsonl", "results.json", "selection.json")
+    before = [(undisturbed / name).read_text() for name in names], steps_of(undisturbed)
+    assert train(tiny_config, undisturbed) == FINISHED
+    assert ([(undisturbed / name).read_text() for name in names], steps_of(undisturbed)) == before
+
+
+def test_a_run_moves_between_four_devices_and_one(main, undisturbed, tmp_path):
+    """Stopped between evaluations on four devices and in an evaluation on one; compared with a run on two."""
+    workdir = tmp_path / "run"
+    for devices, moment, step in ((4, "step 6/20", 8), (1, "step 10/20", 10), (4, None, 20)):
+        done = main("train", *main.tiny, f"--workdir={workdir}", devices=devices, stop_at=moment)
+        assert done.returncode == (75 if moment else 0), done.stderr
+        assert f"on {devices} cpu device(s)" in done.stderr and steps_of(workdir)[-1] == step
+    assert losses(workdir) == pytest.approx(losses(undisturbed), rel=1e-4)
+    evaluations = read_evaluations(workdir / "metrics.jsonl")
+    assert [evaluation["test/examples"] for evaluation in evaluations.values()] == [15] * 4
+
+
+@pytest.mark.parametrize("lost", ["metrics.jsonl", "selection.json", "a bit of selection.json", "both"])
+def test_the_best_checkpoint_outlives_a_resume_whatever_is_lost(tiny_config, tmp_path, lost):
+    with at("step 6/20", terminate):
+        train(tiny_config, tmp_path)
+    selection = Selection.read(tmp_path, [5, 8])
+    assert list(selection.evaluations) == [5] and selection.unknown == []
+    selection.evaluations[5]["test/accuracy"] = 1.0  # nothing later is better
+    selection.write()
+    log, file = tmp_path / "metrics.jsonl", tmp_path / "selection.json"
+    if lost in ("metrics.jsonl", "both"):
+        log.unlink()
+    if lost in ("selection.json", "both"):
+        file.unlink()
+    if lost == "a bit of selection.json":
+        file.write_text(file.read_text().replace("1.0", "0.0"))
+    assert train(tiny_config, tmp_path) == FINISHED
+    if lost == "metrics.jsonl":
+        assert steps_of(tmp_path) == [5, 15, 20]
+    else:  # step 8 was not evaluated, but that is lost too
+        best = Selection.read(tmp_path, []).best([10, 15, 20])
+        assert steps_of(tmp_path) == sorted({5, 8, 15, 20, best})
+
+
+def unfinished(undisturbed, tmp_path):
+    """A copy that goes on from step 15."""
+    run = shutil.copytree(undisturbed, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "20")
+    (run / "results.json").unlink()
+    return run
+
+
+def test_a_run_of_an_earlier_version_without_a_field_goes_on(undisturbed, tiny_config, tmp_path):
+    run = unfinished(undisturbed, tmp_path)
+    file = run / "checkpoints" / "15" / "_CHECKPOINT_METADATA"
+    content = json.loads(file.read_text())
+    del content["custom_metadata"]["config"]["remat"]
+    del content["custom_metadata"]["config"]["optimizer"]["clip_norm"]
+    file.write_text(json.dumps(content))
+    tiny_config.batch_size = 4
+    with pytest.raises(UserError, match=r"another configuration \(batch_size: 8 -> 4\)"):
+        train(tiny_config, run)
+    tiny_config.batch_size, tiny_config.optimizer.clip_norm = 8, 1.0
+    with pytest.raises(UserError, match=r"another configuration \(optimizer.clip_norm: 0.0 -> 1.0\)"):
+        train(tiny_config, run)
+    tiny_config.optimizer.clip_norm = 0.0
+    assert train(tiny_config, run) == FINISHED
+    assert losses(run) == losses(undisturbed)
+
+
+def test_another_configuration_in_the_same_workdir_is_refused(undisturbed, tiny_config):
+    tiny_config.optimizer.learning_rate = 0.5
+    with pytest.raises(UserError, match=r"optimizer.learning_rate: 0.01 -> 0.5"):
+        train(tiny_config, undisturbed)
+
+
+def test_other_species_are_refused_by_name(undisturbed, tiny_config, tmp_path, prepared):
+    other = shutil.copytree(prepared, tmp_path / "other")
+    table = pl.read_parquet(other / "metadata.parquet")
+    names = sorted(set(table["species_name"]))
+    renamed = table.with_columns(pl.col("species_name").replace(names[0], "Dodo"))
+    renamed.write_parquet(other / "metadata.parquet")
+    differ = f"(the run 4, the data 4; only in the run: {names[0]}; only in the data: Dodo)"
+    tiny_config.data.root = str(other)
+    with pytest.raises(UserError) as refused:
+        train(tiny_config, undisturbed)
+    assert "holds a run on other species than" in str(refused.value) and differ in str(refused.value)
+    with pytest.raises(UserError) as refused:
+        evaluate(undisturbed, root=str(other))
+    assert "has other species than the run" in str(refused.value) and differ in str(refused.value)
+
+    table.filter(pl.col("species_name") != names[0]).write_parquet(other / "metadata.parquet")
+    with pytest.raises(UserError) as refused:
+        train(tiny_config, undisturbed)
+    assert f"(the run 4, the data 3; only in the run: {names[0]})" in str(refused.value)
+
+
+def test_other_records_of_the_same_species_are_refused(undisturbed, tiny_config, prepared, tmp_path):
+    fewer = shutil.copytree(prepared, tmp_path / "fewer")
+    pl.read_parquet(fewer / "metadata.parquet").head(-2).write_parquet(fewer / "metadata.parquet")
+    tiny_config.data.root = str(fewer)
+    with pytest.raises(UserError, match="a run on other records"):
+        train(tiny_config, undisturbed)
+
+
+def test_the_same_photographs_prepared_otherwise_are_refused(undisturbed, tiny_config, prepared, tmp_path):
+    other = shutil.copytree(prepared, tmp_path / "other")
+    (other / "prepared.json").write_text((prepared / "prepared.json").read_text().replace("0.2", "0.1"))
+    tiny_config.data.root = str(other)
+    with pytest.raises(UserError, match=r"other records or images .*metadata.parquet or prepared.json differs"):
+        train(tiny_config, undisturbed)
+
+
+def test_damage_in_a_workdir_is_reported(undisturbed, tiny_config, tmp_path):
+    run = shutil.copytree(undisturbed, tmp_path / "run")
+    (run / "checkpoints" / "20" / "params" / "_METADATA").write_text("{")
+    with pytest.raises(UserError, match="checkpoints/20 is damaged: delete that folder"):
+        train(tiny_config, run)
+    shutil.rmtree(run / "checkpoints" / "20")
+    file = max((run / "checkpoints" / "15" / "params").rglob("d/*"), key=lambda file: file.stat().st_size)
+    whole = file.read_bytes()
+    file.write_bytes(bytes(byte ^ (5000 < place < 5004) for place, byte in enumerate(whole)))
+    with pytest.raises(UserError, match="checkpoints/15 is damaged: delete that folder"):
+        train(tiny_config, run)
+    file.write_bytes(whole)
+    assert train(tiny_config, run) == FINISHED and losses(run) == losses(undisturbed)
+    (run / "checkpoints" / "20" / "_CHECKPOINT_METADATA").write_text("{}")
+    with pytest.raises(UserError, match="checkpoints/20 is damaged"):
+        evaluate(run, 20)
+    shutil.rmtree(run / "checkpoints" / "20")
+    with (run / "metrics.jsonl").open("a") as metrics:
+        metrics.write("half a li\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl, line \d+ is not JSON"):
+        train(tiny_config, run)
+    (run / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json is damaged"):
+        evaluate(run)
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UserError, match="results of a run whose checkpoints are gone"):
+        train(tiny_config, run)
+
+
+def test_a_workdir_in_which_another_process_trains_is_refused(undisturbed, tiny_config, tmp_path):
+    run = unfinished(undisturbed, tmp_path)
+    with lock(run / "lock", "not this one"):
+        with pytest.raises(UserError, match="another process trains in .*/run right now"):
+            train(tiny_config, run)
+    assert train(tiny_config, run) == FINISHED

@@ -1,0 +1,103 @@
+"""Tiny trainings in this process, and what can happen in the middle of one."""
+
+import contextlib
+import ctypes
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+from orbax.checkpoint import v1 as ocp
+
+from vit_nabirds.config import Config
+from vit_nabirds.parallel.group import ProcessGroup
+from vit_nabirds.runs.checkpoints import Metadata, newest
+from vit_nabirds.runs.metrics import read_metrics
+from vit_nabirds.training.run import Run, prepare_run
+from vit_nabirds.training.train import train as train_run
+
+FINISHED, STOPPED = 0, 75
+
+
+def train(config: ConfigDict, workdir: Path) -> int:
+    return train_run(Config.read(config), workdir, ProcessGroup())
+
+
+def prepared_run(config: ConfigDict, workdir: Path) -> Run:
+    return prepare_run(Config.read(config), workdir, ProcessGroup())
+
+
+@contextlib.contextmanager
+def at(text: str, act: Callable[[], object]) -> Iterator[None]:
+    """Act once, when a line with this text is logged. What `act` raises ends the training, as a crash would.
+
+    With log_every=1, step k is logged after step k + 1 was dispatched, and a request to stop at that moment makes step
+    k + 2 the last one. A step that is saved or evaluated is logged before the next one.
+    """
+    log, done = logging.getLogger("vit_nabirds"), []
+
+    def watch(record: logging.LogRecord) -> bool:
+        if not done and text in record.getMessage():
+            done.append(True)
+            act()
+        return True
+
+    level = log.level
+    log.addFilter(watch)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+        assert done, f"{text!r} was never logged"
+    finally:
+        log.removeFilter(watch)
+        log.setLevel(level)
+
+
+def terminate() -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+def crash() -> None:
+    raise RuntimeError("the machine died")
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    """The training loss by step; no step twice."""
+    lines = [line for line in read_metrics(workdir / "metrics.jsonl") if "train/loss" in line]
+    by_step = {line["step"]: line["train/loss"] for line in lines}
+    assert len(by_step) == len(lines)
+    return by_step
+
+
+def steps_of(workdir: Path) -> list[int]:
+    """Steps of the complete checkpoints."""
+    return newest(workdir / "checkpoints")[0]
+
+
+def metadata_of(workdir: Path) -> Metadata:
+    """Of the newest checkpoint."""
+    return newest(workdir / "checkpoints")[1]
+
+
+def arrays_of(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint by part and path, read with Orbax alone."""
+    parts = ocp.load_checkpointables(workdir / "checkpoints" / str(step))
+    return {f"{part}/{path}": np.asarray(x) for part in ("params", "training") for path, x in parts[part].items()}
+
+
+def hold() -> None:
+    """Stay in native code, which signals do not interrupt, as in a compilation, until standard input is closed."""
+    libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)  # zeros are an unlocked mutex
+    libc.pthread_mutex_lock(mutex)
+
+    def release() -> None:
+        sys.stdin.read()
+        libc.pthread_mutex_unlock(mutex)
+
+    threading.Thread(target=release, daemon=True).start()
+    print("held", flush=True)
+    libc.pthread_mutex_lock(mutex)

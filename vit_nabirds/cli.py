@@ -1,0 +1,176 @@
+"""The command line: a command, its flags, and what becomes of errors."""
+
+import contextlib
+import importlib
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from absl import flags
+from absl import logging as absl_logging
+
+from vit_nabirds.errors import ConfigError, UserError
+from vit_nabirds.parallel.group import ProcessGroup
+
+COMMANDS = ("train", "prepare", "evaluate", "predict", "export", "verify")
+DEMO = Path(__file__).parent.parent / "configs" / "demo.py"
+EXIT_CODES = (
+    "Exit codes: 0 finished; 75 stopped on request, all saved: run the same command again; 2 wrong usage; 1 other "
+    "failure."
+)
+CLUSTER = {
+    "coordinator": (str, "HOST:PORT of process 0 (default: from Slurm)."),
+    "num_processes": (int, "Number of processes (default: from Slurm; else 1)."),
+    "process_id": (int, "Number of this process, from 0 on (default: from Slurm)."),
+    "start_timeout": (45, "Seconds for all processes to meet."),
+}
+KINDS = {
+    str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_boolean,
+    list: flags.DEFINE_multi_string,
+}  # fmt: skip
+HELP = {"--help", "-help", "-h"}
+
+
+def console() -> None:
+    """The program. SIGTERM or Ctrl-C before the work begins stops it at once: nothing is lost."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop_at_once)
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # `help | head -1`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
+
+
+def main(argv: list[str]) -> int:
+    """Run one command, like ['predict', '--model=my-birds', ...], and return its exit code. Can be called anywhere."""
+    group = ProcessGroup()
+    try:
+        name, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("train", argv)
+        if name == "help":
+            print(overview())
+            return 0
+        if name not in COMMANDS:
+            raise ConfigError(f"there is no command {name!r}: it is one of {', '.join(COMMANDS)}, help")
+        command = importlib.import_module(f"vit_nabirds.commands.{name}")
+        if HELP & set(argv):
+            print(help_of(name, command))
+            return 0
+        try:
+            options = parse(name, command, argv)
+        except ConfigError:
+            if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":  # all tasks fail alike: let one of them say why
+                with contextlib.suppress(UserError):
+                    group = join(None)
+            raise
+        log_to_stderr()
+        if command.PARALLEL:
+            group = join(options)
+            if not group.is_writer:
+                logging.getLogger("vit_nabirds").setLevel(logging.ERROR)
+        return command.run(options, group)
+    except Exception as error:
+        return group.fail_with(error)
+
+
+def parse(name: str, command: ModuleType, argv: list[str]) -> flags.FlagValues:
+    """The command's flags; ConfigError for a mistake."""
+    from vit_nabirds.config.flags import as_field, explain
+
+    values = flags_of(command, argv := with_configuration(command, argv))
+    try:
+        rest = values([name, *argv])
+        if len(rest) > 1:
+            raise ConfigError(f"unexpected argument {rest[1]!r}")
+        if "config" in values:
+            values.config.lock()  # raises what went wrong when the file was loaded
+    except flags.UnrecognizedFlagError as error:
+        field = as_field(error.flagname) if "config" in values else None
+        hint = f"; did you mean --config.{field}?" if field else ""
+        raise ConfigError(str(error).splitlines()[0] + hint) from None
+    except UserError:
+        raise
+    except Exception as error:  # of a flag, or anything that the user's configuration file may raise
+        if "config" not in values or (isinstance(error, flags.Error) and "Traceback" not in str(error)):
+            raise ConfigError(" ".join(str(error).split())) from None
+        raise ConfigError(explain(error, argv)) from None
+    if missing := [f"--{flag}" for flag in command.REQUIRED if values[flag].value is None]:
+        raise ConfigError(f"{name} needs {' and '.join(missing)}")
+    return values
+
+
+def with_configuration(command: ModuleType, argv: list[str]) -> list[str]:
+    """The arguments with the demonstration's configuration where a command takes one and none is named."""
+    named = any(argument.lstrip("-").partition("=")[0] == "config" for argument in argv if argument.startswith("-"))
+    return argv if named or not hasattr(command, "CONFIGURED") else [f"--config={DEMO}", *argv]
+
+
+def flags_of(command: ModuleType, argv: list[str]) -> flags.FlagValues:
+    """absl flags of the command's FLAGS: {name: (default or, without one, type; help)}."""
+    values = flags.FlagValues()
+    for name, (default, text) in (command.FLAGS | (CLUSTER if command.PARALLEL else {})).items():
+        kind, default = (default, None) if isinstance(default, type) else (type(default), default)
+        KINDS[kind](name, default, text, flag_values=values)
+    if hasattr(command, "CONFIGURED"):
+        from ml_collections import config_flags
+
+        text = "Configuration file; --config.x.y=value changes a field."
+        config_flags.DEFINE_config_file("config", None, text, flag_values=values, sys_argv=argv)
+    return values
+
+
+def join(options: flags.FlagValues | None) -> ProcessGroup:
+    from vit_nabirds.parallel import launchers
+
+    if options is None:
+        return launchers.join()
+    return launchers.join(options.coordinator, options.num_processes, options.process_id, options.start_timeout)
+
+
+def log_to_stderr() -> None:
+    log = logging.getLogger("vit_nabirds")
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs every step it takes, and raises its errors too
+
+
+def overview() -> str:
+    from vit_nabirds.commands.invocation import program
+
+    lines = [f"  {name:<9} {doc(name)}" for name in COMMANDS]
+    usage = f"usage: {program()} COMMAND [--FLAG=VALUE ...]    (COMMAND --help lists its flags; without one: train)"
+    return "\n".join(["Fine-tune Vision Transformers on photographs of birds.", "", usage, "", *lines, "", EXIT_CODES])
+
+
+def help_of(name: str, command: ModuleType) -> str:
+    from vit_nabirds.config.flags import help_text
+
+    values = flags_of(command, [])
+    lines = [f"{name}: {doc(name)}", "", "flags:"]
+    for flag in sorted(set(values) - {"config"}):
+        default = "" if values[flag].default is None else f" (default: {values[flag].default})"
+        required = " Required." if flag in command.REQUIRED else ""
+        lines.append(f"  --{flag:<18} {values[flag].help.splitlines()[0]}{required}{default}")
+    if "config" in values:
+        lines += ["  --config             Configuration file (default: configs/demo.py).", "", "fields, with defaults:"]
+        lines.append(help_text())
+    return "\n".join([*lines, "", EXIT_CODES])
+
+
+def doc(name: str) -> str:
+    """What a command does, in a line."""
+    return (importlib.import_module(f"vit_nabirds.commands.{name}").__doc__ or "").splitlines()[0]
+
+
+def _stop_at_once(*_: object) -> None:
+    os.write(2, b"stopped: run the same command again to go on\n")
+    os._exit(75)

@@ -1,0 +1,46 @@
+"""Fine-tune, or go on with the run in the workdir; by default it trains configs/demo.py on birds that it draws."""
+
+import logging
+import shlex
+from pathlib import Path
+
+from vit_nabirds.commands.invocation import program, relative, tool
+from vit_nabirds.config import Config
+from vit_nabirds.config.fields import flat
+
+REQUIRED = ()
+FLAGS = {"workdir": (str, "Folder of the run (default: runs/ and the name of the configuration file).")}
+PARALLEL = True
+CONFIGURED = True  # takes a configuration file as --config
+
+
+def run(options, group) -> int:
+    from vit_nabirds.parallel.launchers import check_same_program
+
+    config = Config.read(options.config)
+    check_same_program(group, flat(config.to_dict()))
+    name = Path(options["config"].config_filename.split(":")[0]).stem
+    workdir = Path(options.workdir or f"runs/{name}")
+    from vit_nabirds.training.train import FINISHED, train
+
+    code = train(config, workdir, group)
+    if code == FINISHED:
+        logging.getLogger("vit_nabirds").info("%s", next_commands(workdir, config.data.synthetic))
+    return code
+
+
+def next_commands(workdir: Path, on_drawn_birds: bool) -> str:
+    this, folder = program(), shlex.quote(str(workdir))
+    nabirds = relative(Path(__file__).parents[2] / "configs" / "nabirds_vit_b16.py")
+    lines = [
+        "what next:",
+        f"  see the curves:  {tool('tensorboard')} --logdir={folder}",
+        f"  score the best:  {this} evaluate --workdir={folder}",
+        f"  name birds:      {this} predict --workdir={folder} --images=FOLDER --out=birds.csv",
+    ]
+    if on_drawn_birds:
+        lines += [
+            f"  real birds:      {this} prepare --archive=NABIRDS_FOLDER --out=data/nabirds",
+            f"                   {this} train --config={nabirds} --workdir=runs/nabirds_vit_b16",
+        ]
+    return "\n".join(lines)

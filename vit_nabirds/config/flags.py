@@ -1,0 +1,63 @@
+"""The configuration on the command line: its file, `--config.x.y=value`, and what to say of mistakes in them."""
+
+import difflib
+import re
+
+from vit_nabirds.config.fields import default, fields, flat
+
+# What other programs call our fields.
+ALIASES = {
+    "lr": "optimizer.learning_rate", "wd": "optimizer.weight_decay", "opt": "optimizer.name", "bs": "batch_size",
+    "num_epochs": "epochs", "dtype": "compute_dtype", "dropout": "model.dropout_rate", "img_size": "model.image_size",
+    "grad_clip": "optimizer.clip_norm", "num_workers": "data.workers", "data_dir": "data.root",
+}  # fmt: skip
+
+
+def help_text() -> str:
+    """A line for each field: name, default and meaning."""
+    rows = [(f"--config.{name}={field.metadata['default']!r}", field.metadata["meaning"]) for name, field in fields()]
+    return "\n".join(f"  {name:<58} {meaning}" for name, meaning in rows)
+
+
+def nearest(name: str) -> str | None:
+    """The field that a wrong name means; None if none is like it."""
+    last = name.rpartition(".")[2]
+    if last in ALIASES:
+        return ALIASES[last]
+
+    def likeness(field: str) -> float:
+        return max(difflib.SequenceMatcher(None, name, x).ratio() for x in (field, field.rpartition(".")[2]))
+
+    best = max((field for field, _ in fields()), key=likeness)
+    return best if likeness(best) > 0.65 else None
+
+
+def suggestion(name: str) -> str:
+    """The end of a message on a wrong name."""
+    field = nearest(name)
+    return f"did you mean --config.{field}?" if field else "`train --help` lists all fields."
+
+
+def explain(error: Exception, argv: list[str]) -> str:
+    """One line for what Python or ml_collections raised about the configuration that a command line asks for."""
+    named = next(i for i, argument in enumerate(argv) if re.match("--?config(=|$)", argument))
+    file = argv[named].partition("=")[2] or "".join(argv[named + 1 : named + 2])
+    if isinstance(error, OSError):
+        return f"the configuration file {file!r} cannot be read: give the path of one, like configs/birds60.py"
+    while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps them
+        error = error.args[0]
+    message = str(error.args[0] if error.args else error).strip()
+    unknown = re.match(r"Key \"(\w+)\" does not exist", message) or re.match(r"'?(\w+)'?(\nDid you mean|$)", message)
+    if unknown and isinstance(error, KeyError | AttributeError):
+        given = re.search(rf"--config\.((\w+\.)*{unknown[1]})\b", " ".join(argv))
+        name = given[1] if given else unknown[1]
+        return f"{given[0] if given else file}: there is no field {name!r}; {suggestion(name)}"
+    if "Traceback" in message:
+        message = message.splitlines()[-1]
+    return f"{file}: {type(error).__name__}: {' '.join(message.split())}"
+
+
+def as_field(flag: str) -> str | None:
+    """What a flag without `config.` probably means: --epochs=3 is --config.epochs=3."""
+    names = [*flat(default().to_dict()), *ALIASES]
+    return nearest(flag) if any(flag in (name, name.rpartition(".")[2]) for name in names) else None

@@ -1,0 +1,65 @@
+"""What follows from a configuration and the number of training photographs."""
+
+import dataclasses
+import math
+from fractions import Fraction
+from typing import Self
+
+from vit_nabirds.config.fields import Config
+from vit_nabirds.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which steps a run has, counted from 1, and what happens after each."""
+
+    steps_per_epoch: Fraction
+    total_steps: int
+    warmup_steps: int
+    evaluate_every: Fraction  # steps, perhaps not whole
+    save_every: Fraction | None  # steps; None: by the clock
+    save_seconds: float | None  # seconds; None: by steps
+    log_every: int
+    traced: range  # steps of which the profiler writes a trace
+
+    @classmethod
+    def of(cls, config: Config, training_images: int) -> Self:
+        """ConfigError for a warm-up or a trace that does not fit the run."""
+        steps_per_epoch = Fraction(training_images, config.batch_size)
+        total = math.ceil(Fraction(str(config.epochs)) * steps_per_epoch)
+        warmup, every = round(config.optimizer.warmup.in_steps(steps_per_epoch)), config.checkpoint.every
+        if warmup >= total:
+            raise ConfigError(f"config.optimizer.warmup is {warmup} steps, but the whole run has {total}: shorten it.")
+        if (traced := config.profile.steps).start > total:
+            raise ConfigError(
+                f"config.profile asks for steps {traced.start}-{traced.stop - 1}, but the run has only {total}."
+            )
+        return cls(
+            steps_per_epoch,
+            total,
+            warmup,
+            config.evaluate.every.in_steps(steps_per_epoch),
+            every.in_steps(steps_per_epoch),
+            60 * float(every.amount) if every.unit == "minute" else None,
+            config.log_every,
+            traced,
+        )
+
+    def epoch(self, step: int) -> float:
+        """Passes over the training photographs at the end of a step."""
+        return round(float(step / self.steps_per_epoch), 4)
+
+    def evaluates(self, step: int) -> bool:
+        return step > 0 and (step == self.total_steps or _ends_with(step, self.evaluate_every))
+
+    def saves(self, step: int) -> bool:
+        """By the period in steps: the clock, and the last step, are the saver's."""
+        return self.save_every is not None and _ends_with(step, self.save_every)
+
+    def logs(self, step: int) -> bool:
+        return step in (1, self.total_steps) or step % self.log_every == 0
+
+
+def _ends_with(step: int, period: Fraction) -> bool:
+    """Whether a period (in steps, perhaps not whole) ends with this step."""
+    return step // period > (step - 1) // period

@@ -1,0 +1,266 @@
+"""The processes of a job: how they meet, wait for each other, agree, and end together.
+
+JAX's own meeting ends in a stack trace if a process is missing, and takes a minute to notice the loss of one. So each
+process holds a TCP connection to process 0 for the whole run; messages on it are JSON lines. A process that ends says
+goodbye, or its exit code and a message; a connection that closes without a word means that the process was killed.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from vit_nabirds.errors import ConfigError, UserError, message_of
+
+NODE = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+JOB = f"{os.environ.get('SLURM_JOB_ID', 'none')}.{os.environ.get('SLURM_STEP_ID', 'none')}"
+LOCAL_ID = os.environ.get("SLURM_LOCALID")  # process 1 and the first task of each node report what all find out
+LOST = (
+    "process {} of {} on {} ended without a word: killed, or out of memory? See what srun says about it, or "
+    "`sacct -j JOB`. The same command goes on from the last checkpoint."
+)
+DAY = 24 * 3600 * 1000  # milliseconds; a peer that fails meanwhile ends the wait
+
+
+class ProcessGroup:
+    """The processes of a job. `ProcessGroup()` is a process alone: a group of one, in which every method works."""
+
+    def __init__(self, process_id: int = 0, num_processes: int = 1) -> None:
+        self.process_id, self.num_processes = process_id, num_processes
+        # Process 0 is connected to all others, by their ids; they are connected to process 0.
+        self._peers: dict[int, tuple[socket.socket, str]] = {}
+        self._failing = threading.Lock()
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this process writes logs, events and configuration."""
+        return self.process_id == 0
+
+    def meet(self, host: str, port: int, timeout: float) -> None:
+        """Connect to the others within `timeout` seconds, else UserError. From then on the end of one ends all."""
+        if self.is_writer:
+            self._peers = self._wait_for_others(port, timeout)
+        else:
+            self._peers = {0: (self._report_to_first(host, port, timeout), host)}
+        for connection, _ in self._peers.values():
+            connection.settimeout(None)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, seconds in {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 6}.items():  # power is lost
+                if hasattr(socket, name):
+                    connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)
+        for process_id, peer in self._peers.items():
+            threading.Thread(target=self._listen, args=[process_id, *peer], daemon=True).start()
+
+    def barrier(self, name: str) -> None:
+        """Return when all processes have reached the barrier of this name."""
+        if self.num_processes > 1:
+            _client().wait_at_barrier(f"vit_nabirds/{name}", DAY)
+
+    @contextlib.contextmanager
+    def writer_first(self, name: str) -> Iterator[None]:
+        """The writer makes or fetches what the others then read: they enter when it has left."""
+        if not self.is_writer:
+            self.barrier(name)
+        yield
+        if self.is_writer:
+            self.barrier(name)
+
+    def agree(self, name: str, values: dict, remedy: str) -> None:
+        """Return when all processes hold the values of process 0; UserError in one that holds others."""
+        if self.num_processes == 1:
+            return
+        key, values = f"vit_nabirds/{name}", json.loads(json.dumps(values))
+        if self.is_writer:
+            _client().key_value_set(key, json.dumps(values))
+        else:
+            first = json.loads(_client().blocking_key_value_get(key, DAY))
+            differing = [field for field in sorted(first | values) if first.get(field) != values.get(field)]
+            if differing:
+                what = "; ".join(f"{x} is {values.get(x)!r} here and {first.get(x)!r} there" for x in differing[:5])
+                raise UserError(f"{name} differs from that of process 0: {what}. {remedy}")
+        self.barrier(f"{name} agreed")
+
+    def check_shared(self, file: Path) -> None:
+        """UserError in a process that cannot see what the writer has written."""
+        self.barrier(f"{file} written")
+        for _ in range(100):  # network file systems take a moment
+            if file.exists():
+                return
+            time.sleep(0.1)
+        raise UserError(f"{file.parent} is not the same folder on all nodes: give a --workdir on shared storage.")
+
+    def leave(self) -> None:
+        """Tell the others that this process ends in good order."""
+        self._send(goodbye=True)
+
+    def fail(self, message: str, code: int) -> int:
+        """Show one message for the whole job and end all processes with the code; alone, return it to exit with."""
+        if self.num_processes == 1:
+            _show(message)
+            return code
+        message = f"process {self.process_id} of {self.num_processes} on {NODE}: {message}"
+        if self.is_writer:
+            self._end_all(message, code)
+        self._send(code=code, message=message)
+        time.sleep(5)  # process 0 shows the message, and its answer ends this process
+        _show(message)
+        _exit(code)
+
+    def fail_with(self, error: BaseException) -> int:
+        """`fail` with the message of an exception; alone, one that is a fault of the program is raised again."""
+        message, code = message_of(error), error.exit_code if isinstance(error, UserError) else 1
+        if message is None and self.num_processes == 1:
+            raise error
+        if message is None:
+            time.sleep(3)  # perhaps another process caused it: then that one's message is the one to show
+            message = "".join(traceback.format_exception(error))
+        return self.fail(message, code)
+
+    def end_if_several(self, _type: type | None, error: BaseException | None, _traceback: object) -> None:
+        """An exit callback: after an error, clean-up must not wait for the other processes."""
+        if error is not None and self.num_processes > 1:
+            self.fail_with(error)
+
+    def _listen(self, process_id: int, connection: socket.socket, node: str) -> None:
+        """Wait for the last words of a peer; without any, it was killed."""
+        words = {}
+        with contextlib.suppress(OSError, ValueError), connection.makefile(encoding="utf-8", errors="replace") as lines:
+            words = json.loads(lines.readline())
+        if "goodbye" in words:
+            return
+        message, code = words.get("message"), words.get("code", 1)
+        if not words and (self.is_writer or self.process_id == 1 or LOCAL_ID == "0"):
+            message = LOST.format(process_id, self.num_processes, node)
+        if self.is_writer:
+            time.sleep(0 if words else 0.5)  # what has killed it may have come for all
+            self._end_all(message, code)
+        _show(message)  # at once: JAX is about to abort this process with a stack trace
+        _exit(code)
+
+    def _end_all(self, message: str, code: int) -> None:
+        with self._failing:  # of several messages, the first
+            _show(message)
+            self._send(code=code)
+            time.sleep(1)  # the others end before JAX's coordinator does, or they would complain
+            _exit(code)
+
+    def _send(self, **words) -> None:
+        for connection, _ in self._peers.values():
+            with contextlib.suppress(OSError):
+                _write(connection, words)
+                connection.shutdown(socket.SHUT_WR)
+
+    def _wait_for_others(self, port: int, timeout: float) -> dict[int, tuple[socket.socket, str]]:
+        """Process 0: connection and node of each other process."""
+        deadline, peers = time.monotonic() + timeout, {}
+        ipv6 = dict(family=socket.AF_INET6, dualstack_ipv6=True) if socket.has_dualstack_ipv6() else {}
+        try:
+            server = socket.create_server(("", port), backlog=self.num_processes, **ipv6)
+        except OSError as error:
+            raise UserError(
+                f"process 0 cannot listen on port {port} of {NODE} ({error.strerror}): choose a free one with "
+                "JAX_COORDINATOR_PORT, or --coordinator=HOST:PORT."
+            ) from None
+        with server:
+            while len(peers) < self.num_processes - 1 and (left := deadline - time.monotonic()) > 0:
+                server.settimeout(left)
+                with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                    connection, _ = server.accept()
+                    connection.settimeout(5)
+                    hello = _read(connection)
+                    if hello["job"] == JOB and 0 < hello["process"] < self.num_processes:
+                        peers[hello["process"]] = connection, hello["node"]
+        missing = [str(number) for number in range(1, self.num_processes) if number not in peers]
+        for connection, _ in peers.values():
+            with contextlib.suppress(OSError):
+                _write(connection, {"met": not missing})
+        if missing:
+            raise UserError(
+                f"of {self.num_processes} processes, {', '.join(missing)} did not reach process 0 on {NODE}, port "
+                f"{port}, within {timeout:.0f} s: look above for why they ended; give slow ones more time with "
+                "--start_timeout."
+            )
+        return peers
+
+    def _report_to_first(self, host: str, port: int, timeout: float) -> socket.socket:
+        """Other processes: the connection to process 0."""
+        deadline, problem = time.monotonic() + timeout, "it ended"
+        try:
+            socket.getaddrinfo(host, port)
+        except OSError:
+            raise UserError(
+                f"{NODE} cannot resolve {host!r}, the host of process 0: give an address that all nodes can reach "
+                "with --coordinator=ADDRESS:PORT."
+            ) from None
+        while time.monotonic() < deadline:
+            answer = {}
+            try:
+                connection = socket.create_connection((host, port), timeout=5)
+                _write(connection, {"job": JOB, "process": self.process_id, "node": NODE})
+                connection.settimeout(timeout + 5)
+                answer = _read(connection)
+            except (OSError, ValueError) as error:
+                problem = error
+            if answer.get("met"):
+                return connection
+            if answer:
+                os._exit(1)  # others are missing; process 0 says which
+            time.sleep(0.1)
+        if self.process_id != 1 and LOCAL_ID not in ("0", None):
+            os._exit(1)
+        raise UserError(
+            f"{NODE} got no answer from process 0 at {host}:{port} within {timeout:.0f} s ({problem}): look above for "
+            "why process 0 ended; if it did not, the port is closed between the nodes or used by another job (choose "
+            "one with JAX_COORDINATOR_PORT), or it starts slowly (--start_timeout)."
+        )
+
+
+def split_address(coordinator: str, num_processes: int, process_id: int) -> tuple[str, int]:
+    """Host and port of process 0; ConfigError if they, or the numbers, are invalid."""
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16 or not 0 <= process_id < num_processes:
+        raise ConfigError(
+            f"--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id} is invalid: "
+            "expected HOST:PORT of process 0 and 0 <= process_id < num_processes."
+        )
+    return host.strip("[]"), int(port)  # brackets of an IPv6 address
+
+
+def _client():
+    from vit_nabirds.parallel.jax_internals import coordination_client  # a process alone needs no JAX to end
+
+    return coordination_client()
+
+
+def _write(connection: socket.socket, words: dict) -> None:
+    connection.sendall(json.dumps(words).encode() + b"\n")
+
+
+def _read(connection: socket.socket) -> dict:
+    """The next line, at most 500 bytes, and not a byte more: what follows is `_listen`'s."""
+    line = b""
+    while not line.endswith(b"\n") and len(line) < 500:
+        if not (byte := connection.recv(1)):
+            break
+        line += byte
+    return json.loads(line)
+
+
+def _show(message: str | None) -> None:
+    if message:
+        sys.stderr.flush()
+        os.write(2, f"error: {message}\n".encode())
+
+
+def _exit(code: int) -> None:
+    """At once: JAX and Orbax would wait for the other processes."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(code)

@@ -1,0 +1,207 @@
+"""A run before it starts: everything that can be wrong is checked, and nothing is written."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+import optax
+import polars as pl
+
+from vit_nabirds.config import Config
+from vit_nabirds.config.fields import SHAPE, differences
+from vit_nabirds.config.plan import Plan
+from vit_nabirds.data.batches import check_workers, train_batches
+from vit_nabirds.data.photographs import Photographs, check_labels, check_sizes, open_split
+from vit_nabirds.data.table import fingerprint, read_table, species_names
+from vit_nabirds.errors import ConfigError, UserError
+from vit_nabirds.models.model import Model, describe
+from vit_nabirds.models.pretrained.checkpoint import Checkpoint, starting_point
+from vit_nabirds.parallel import devices
+from vit_nabirds.parallel.group import ProcessGroup
+from vit_nabirds.recipe.optimizer import make_optimizer, make_schedule, trainable_paths
+from vit_nabirds.runs.checkpoints import Checkpoints, Metadata, newest, placed
+from vit_nabirds.runs.selection import Selection
+from vit_nabirds.training.state import TrainState
+from vit_nabirds.training.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run that is ready to start: from its first state, or from a checkpoint in its workdir."""
+
+    config: Config  # with the model's shape filled in
+    plan: Plan
+    workdir: Path
+    mesh: jax.sharding.Mesh
+    table: pl.DataFrame
+    train_split: Photographs
+    test_split: Photographs
+    model: Model
+    metadata: Metadata
+    pretrained: Checkpoint | None  # weights to start from
+    trainable: list[str]  # parameter paths
+    tx: optax.GradientTransformation
+    train_step: Callable  # jitted
+    saved_steps: list[int]  # of the checkpoints in the workdir
+    selection: Selection
+
+    @property
+    def start(self) -> int:
+        """The step to go on from: 0, or that of the newest checkpoint."""
+        return max(self.saved_steps, default=0)
+
+    def state_shapes(self) -> TrainState:
+        """The state with a shape, a dtype and a sharding in place of each array."""
+        shapes = jax.eval_shape(lambda params: TrainState.initial(params, self.tx, self.trainable), self.model.shapes)
+        return placed(shapes, devices.replicated(self.mesh))
+
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The same of a global batch."""
+        batch, side = self.config.batch_size, self.train_split.size
+        image = jax.ShapeDtypeStruct((batch, side, side, 3), np.uint8)
+        number = jax.ShapeDtypeStruct((batch,), np.int32)
+        return placed({"image": image, "label": number, "row": number}, devices.over_batch(self.mesh))
+
+    def compile_step(self) -> jax.stages.Compiled:
+        """The compiled training step: (state, batch) -> (state, metrics)."""
+        return self.train_step.lower(self.state_shapes(), self.batch_shapes()).compile()
+
+    def first_state(self) -> TrainState:
+        """Random parameters, in place of which come those that the pretrained checkpoint has."""
+        loaded, sharding = {}, devices.replicated(self.mesh)
+        if self.pretrained:
+            place = lambda array: devices.replicate(array, self.mesh)  # noqa: E731
+            loaded = self.pretrained.load(self.model.architecture, self.metadata.species, place)
+
+        def initial(loaded: dict[str, jax.Array]) -> TrainState:
+            params = self.model.initial_params(self.config.seed) | loaded
+            return TrainState.initial(params, self.tx, self.trainable)
+
+        return jax.jit(initial, out_shardings=sharding)(loaded)
+
+    def restore(self, checkpoints: Checkpoints) -> TrainState:
+        """The state of the newest checkpoint, on this run's devices."""
+        like = self.state_shapes()
+        return like.with_parts(checkpoints.restore(self.start, like.parts()))
+
+    def batches(self):
+        """This host's block of each global batch from the run's first step on: dicts of NumPy arrays."""
+        shard = grain.sharding.ShardByJaxProcess(drop_remainder=True)
+        config = self.config
+        return train_batches(self.train_split, config.batch_size, config.seed, self.start, config.data.workers, shard)
+
+
+def prepare_run(config: Config, workdir: Path, group: ProcessGroup) -> Run:
+    """Check everything and return the run. Writes nothing; UserError for what the user has to put right."""
+    check_workers(config.data.workers)
+    devices.split_cpu(config.cpu_devices)
+    mesh = devices.make_mesh()
+    if config.batch_size % mesh.size:
+        raise ConfigError(
+            f"config.batch_size is {config.batch_size}, which {mesh.size} devices cannot share equally: choose a "
+            f"multiple of {mesh.size}."
+        )
+
+    root = Path(config.data.root)
+    table = read_table(root)
+    train_split, test_split = (open_split(root, table, train=train) for train in (True, False))
+    plan = Plan.of(config, len(train_split))
+
+    _check_workdir(workdir)
+    saved_steps, saved = newest(workdir / "checkpoints")
+    if saved:
+        architecture, normalization, pretrained = saved.architecture, saved.normalization, None
+    else:
+        if (workdir / "results.json").exists():
+            raise UserError(f"{workdir} holds the results of a run whose checkpoints are gone: use another --workdir.")
+        with group.writer_first("pretrained weights"):  # which it fetches from the Hub
+            architecture, normalization, pretrained = starting_point(config)
+    config = _resolved(config, architecture)
+    species = species_names(table)
+    metadata = Metadata(config.to_dict(), architecture, species, normalization, fingerprint(root, table))
+    if saved:
+        _check_same_run(saved, metadata, workdir)
+    for split in (train_split, test_split):
+        check_labels(split, len(species))
+    check_sizes(train_split, test_split, architecture["image_size"])
+
+    model = describe(
+        architecture, len(species), config.compute_dtype, config.model.dropout_rate, config.remat,
+        platform=mesh.devices.flat[0].platform,
+    )  # fmt: skip
+    trainable = trainable_paths(list(model.shapes), config.trainable)
+    schedule = make_schedule(config, plan)
+    tx = make_optimizer(config, schedule)
+    train_step = make_train_step(model, tx, schedule, trainable, normalization, config.seed)
+    selection = Selection.read(workdir, saved_steps)
+    run = Run(
+        config, plan, workdir, mesh, table, train_split, test_split, model, metadata, pretrained, trainable, tx,
+        train_step, saved_steps, selection,
+    )  # fmt: skip
+    selection.forget_after(run.start)
+    _check_agreement(run, group)
+    return run
+
+
+def _resolved(config: Config, architecture: dict) -> Config:
+    """With the model's shape filled in and an absolute data.root; ConfigError when it asks for another shape."""
+    for field in SHAPE:
+        if getattr(config.model, field) not in (None, architecture[field]):
+            raise ConfigError(
+                f"config.model.{field} is {getattr(config.model, field)}, but "
+                f"{config.model.pretrained or 'the checkpoint'} has {architecture[field]}: leave it out, or empty "
+                "config.model.pretrained for random weights."
+            )
+    shape = {f"model__{field}": architecture[field] for field in SHAPE} | {"model__pool": architecture["pool"]}
+    return config.replace(data__root=str(Path(config.data.root).resolve()), **shape)
+
+
+def _check_workdir(workdir: Path) -> None:
+    for folder in (workdir, workdir / "checkpoints"):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file, where a run needs a folder: use another --workdir.")
+
+
+def _check_same_run(saved: Metadata, metadata: Metadata, workdir: Path) -> None:
+    """UserError when the workdir holds another run: going on would mix the two."""
+    root = metadata.config["data"]["root"]
+    if saved.species != metadata.species:
+        raise UserError(
+            f"{workdir} holds a run on other species than {root} has "
+            f"({species_differences(saved.species, metadata.species)}): use another --workdir, or the data of that run."
+        )
+    if saved.fingerprint != metadata.fingerprint:
+        raise UserError(
+            f"{workdir} holds a run on other records or images than {root} has (its metadata.parquet or prepared.json "
+            "differs): use another --workdir, or the data of that run."
+        )
+    if changed := differences(Config.read(saved.config), Config.read(metadata.config)):
+        raise UserError(
+            f"{workdir} holds a run with another configuration ({'; '.join(changed)}): use another --workdir, or take "
+            "the change back to resume it."
+        )
+
+
+def species_differences(of_run: list[str], of_data: list[str]) -> str:
+    """How many species each has, and the first few that only one of them has."""
+    text = f"the run {len(of_run)}, the data {len(of_data)}"
+    for who, ours, theirs in (("run", of_run, of_data), ("data", of_data, of_run)):
+        if only := sorted(set(ours) - set(theirs)):
+            text += f"; only in the {who}: {', '.join(only[:5])}{', …' if len(only) > 5 else ''}"
+    return text
+
+
+def _check_agreement(run: Run, group: ProcessGroup) -> None:
+    group.agree(
+        "what the run starts from",
+        {
+            "data": run.metadata.fingerprint,
+            "step": run.start,
+            "evaluated": list(run.selection.evaluations),
+            "devices": jax.local_device_count(),
+        },
+        f"All nodes must see the same data and the same {run.workdir}, and have equally many devices.",
+    )

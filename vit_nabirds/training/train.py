@@ -1,0 +1,139 @@
+"""A whole training: set up, run, report."""
+
+import contextlib
+import json
+import logging
+import time
+from pathlib import Path
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit_nabirds.config import Config
+from vit_nabirds.data.batches import train_block
+from vit_nabirds.data.prepare import prepare
+from vit_nabirds.data.synthetic import draw_archive
+from vit_nabirds.parallel.group import ProcessGroup
+from vit_nabirds.parallel.locks import lock
+from vit_nabirds.parallel.preemption import EXIT_STOPPED, StopRequest
+from vit_nabirds.recipe.augmentation import augment
+from vit_nabirds.runs.checkpoints import Checkpoints
+from vit_nabirds.runs.compiled import keep_compiled
+from vit_nabirds.runs.files import write_json
+from vit_nabirds.runs.selection import METRIC, Selection
+from vit_nabirds.runs.tracker import Tracker
+from vit_nabirds.training.evaluator import Evaluator
+from vit_nabirds.training.loop import fit
+from vit_nabirds.training.reporter import Reporter
+from vit_nabirds.training.run import Run, prepare_run
+from vit_nabirds.training.saver import Saver
+from vit_nabirds.training.step import step_keys
+from vit_nabirds.training.tracer import Tracer
+
+log = logging.getLogger("vit_nabirds")
+
+FINISHED = 0
+
+
+def train(config: Config, workdir: Path, group: ProcessGroup) -> int:
+    """Train or resume the run in `workdir`; returns the exit code: 0 finished, 75 stopped with everything saved."""
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest(speaks=group.is_writer))
+        if config.data.synthetic:
+            with group.writer_first("drawing"):
+                prepare_synthetic(Path(config.data.root), config.model.image_size)
+        run = prepare_run(config, workdir, group)
+        state = None if run.saved_steps else run.first_state()
+
+        # Everything is known to be right: from here on the run writes.
+        workdir.mkdir(parents=True, exist_ok=True)
+        if group.is_writer:
+            busy = f"another process trains in {workdir} right now: wait for its end, or use another --workdir."
+            stack.enter_context(lock(workdir / "lock", busy))
+            write_json(workdir / "config.json", run.metadata.config)
+            run.selection.write()
+        group.check_shared(workdir / "config.json")
+        keep_compiled(workdir / "compiled", group.is_writer)
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir / "checkpoints")))
+        checkpoints.keep = run.selection.keep(checkpoints.steps)
+        tracker = Tracker(workdir, run.plan, run.start, group.is_writer)
+        stack.callback(tracker.close)
+        introduce(run, tracker, group)
+        state = state or run.restore(checkpoints)
+
+        reporter = Reporter(run, tracker)
+        saver = Saver(run, checkpoints, group.is_writer)
+        evaluator = Evaluator(run, tracker, reporter, checkpoints, stop, group.is_writer)
+        tracer = stack.enter_context(contextlib.closing(make_tracer(run, group)))
+        batches = stack.enter_context(contextlib.closing(run.batches()))
+        stack.push(group.end_if_several)
+        step = fit(run, state, batches, reporter, saver, evaluator, tracer, stop)
+
+    if step < run.plan.total_steps or evaluator.is_behind(step):
+        when = f" {time.monotonic() - stop.since:.1f} s after the signal" if stop.requested else ""
+        total = run.plan.total_steps
+        log.info("stopped at step %d of %d, all saved%s: run the same command again to go on", step, total, when)
+        return EXIT_STOPPED
+    results = results_of(run.selection, checkpoints.keep, step)
+    if group.is_writer:
+        write_json(workdir / "results.json", results)
+    best, test = results["selected"], results["test"]
+    log.info(
+        "finished: accuracy %.4f on %d test photographs at step %d, the best checkpoint",
+        test["accuracy"], test["examples"], best["step"],
+    )  # fmt: skip
+    return FINISHED
+
+
+def prepare_synthetic(root: Path, image_size: int) -> None:
+    """Draw an archive of invented photographs and prepare it as `root`, unless that has been done."""
+    if not (root / "metadata.parquet").exists():
+        log.info("drawing photographs of birds into %s", root)
+        draw_archive(root / "archive", species=8, train=80, test=30)
+        prepare(root / "archive", root, train_size=round(1.2 * image_size), test_size=image_size)
+
+
+def introduce(run: Run, tracker: Tracker, group: ProcessGroup) -> None:
+    """What a reader of the log and of TensorBoard wants to know first, with the pictures of the first batch."""
+    shapes, config, plan = run.model.shapes, run.config, run.plan
+    total, trained = (sum(int(np.prod(shapes[path].shape)) for path in paths) for paths in (shapes, run.trainable))
+    log.info(
+        "%s: %d species, %d train and %d test photographs; %s parameters, %s of them trained, in %s; steps %d to %d on "
+        "%d %s device(s) of %d process(es)",
+        run.workdir, run.model.num_classes, len(run.train_split), len(run.test_split), f"{total:,}", f"{trained:,}",
+        config.compute_dtype, run.start, plan.total_steps, run.mesh.size, jax.default_backend(), group.num_processes,
+    )  # fmt: skip
+    tracker.text("config", f"```\n{json.dumps(run.metadata.config, indent=2)}\n```")
+    if group.is_writer and run.start < plan.total_steps:
+        # The first 16 or so of the global batch, as one of many hosts would read them.
+        shard = grain.sharding.ShardOptions(0, max(1, config.batch_size // 16))
+        batch = train_block(run.train_split, config.batch_size, config.seed, run.start, shard)
+        key = step_keys(config.seed, run.start)[0]
+        shown = jax.jit(augment, static_argnums=2)(
+            jnp.asarray(batch["image"]), key, run.model.architecture["image_size"]
+        )
+        captions = run.table[batch["row"].tolist()].select("species_name", "photographer").rows()
+        tracker.images("train/augmented", run.start, np.asarray(shown), captions)
+
+
+def make_tracer(run: Run, group: ProcessGroup) -> Tracer:
+    """Of the steps of config.profile that are not done yet; the writer's."""
+    steps, folder = run.plan.traced, run.workdir / "tensorboard"
+    left = range(max(steps.start, run.start + 1), steps.stop) if group.is_writer else range(0)
+    if steps:
+        what = f"goes to {folder}" if left else "is not made: they are done already"
+        log.info("a trace of steps %s %s", run.config.profile, what)
+    return Tracer(left, folder)
+
+
+def results_of(selection: Selection, checkpoints: list[int], last: int) -> dict:
+    """results.json of a finished training: the selected checkpoint, its scores, and those of the last one."""
+    selected = selection.best(checkpoints)
+
+    def scores(step: int) -> dict[str, float]:
+        return {name.removeprefix("test/"): value for name, value in selection.evaluations[step].items()}
+
+    best = {"step": selected, "metric": METRIC, "value": selection.evaluations[selected][METRIC]}
+    return {"selected": best, "test": scores(selected), "last": {"step": last, "test": scores(last)}}
