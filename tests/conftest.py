@@ -80,13 +80,14 @@ def hf_folder(tmp_path) -> Path:
     return folder
 
 
-# The same commands, stopped when a line with the text of the first argument is logged.
-STOPPED_AT = """
+# `python main.py ...`, stopped or held when a line with the text of the second argument is logged.
+AT = """
 import sys
-from tiny_runs import at, terminate
-from vit_nabirds.cli import main
-with at(sys.argv[1], terminate):
-    sys.exit(main(sys.argv[2:]))
+import tiny_runs
+from vit_nabirds.cli import console
+act, text, sys.argv[1:] = sys.argv[1], sys.argv[2], sys.argv[3:]
+with tiny_runs.at(text, getattr(tiny_runs, act)):
+    console()
 """
 
 
@@ -94,17 +95,22 @@ with at(sys.argv[1], terminate):
 def main(prepared, tmp_path):
     """Runs `python main.py ...` in a process of its own."""
 
-    def run(*arguments: str, devices: int = 1, stop_at: str | None = None, start_only: bool = False, **options):
-        environment = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}",
-        }
-        program = ["-c", STOPPED_AT, stop_at] if stop_at else [REPOSITORY / "main.py"]
+    def environment(devices: int = 1) -> dict[str, str]:
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}
+
+    def run(
+        *arguments: str, devices: int = 1, stop_at: str = "", hold_at: str = "", start_only: bool = False, **options
+    ):
+        program = ["-c", AT, "terminate" if stop_at else "hold", stop_at or hold_at]
+        if not (stop_at or hold_at):
+            program = [REPOSITORY / "main.py"]
         command = [sys.executable, *map(str, [*program, *arguments])]
-        options = dict(env=environment, text=True, cwd=tmp_path) | options
+        options = dict(env=environment(devices), text=True, cwd=tmp_path) | options
         if start_only:
             return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
         return subprocess.run(command, capture_output=True, **options)
 
     run.tiny = [f"--config={REPOSITORY / 'tests' / 'tiny_config.py'}", f"--config.data.root={prepared}"]
+    run.environment = environment
     return run

@@ -1,40 +1,62 @@
 """The command line: commands, exit codes, signals, devices, messages."""
 
 import json
+import logging
 import os
+import re
+import shlex
+import shutil
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from tiny_runs import losses
 
-from vit_nabirds.data import batches as data
+from vit_nabirds import cli
+from vit_nabirds.config.fields import fields
+from vit_nabirds.data.photographs import open_split
 from vit_nabirds.data.synthetic import draw_archive
-from vit_nabirds.runs.tracker import read_evaluations, read_metrics
+from vit_nabirds.data.table import read_table
+from vit_nabirds.runs.metrics import read_evaluations, read_metrics
+
+REPOSITORY = Path(__file__).parent.parent
 
 
-def trace(workdir):
-    return [line["train/loss"] for line in read_metrics(workdir / "metrics.jsonl") if "train/loss" in line]
+def wait_until(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
-def test_trace_is_the_same_on_one_two_and_four_devices(main, tmp_path):
-    runs = {}
-    for devices in (1, 2, 4):
+def read_until(process, text) -> str:
+    """What the process writes up to the line with this text."""
+    output = ""
+    for line in process.stdout:
+        output += line
+        if text in line:
+            return output
+    raise AssertionError(f"ended without {text!r}:\n{output}")
+
+
+def test_trace_is_the_same_on_one_two_and_four_devices(main, undisturbed, tmp_path):
+    for devices in (1, 4):
         workdir = tmp_path / str(devices)
         done = main("train", *main.tiny, f"--workdir={workdir}", devices=devices)
         assert done.returncode == 0, done.stderr
         assert f"on {devices} cpu device(s)" in done.stderr
-        runs[devices] = trace(workdir)
+        assert losses(workdir) == pytest.approx(losses(undisturbed), rel=1e-4)  # on two
         assert json.loads((workdir / "results.json").read_text())["test"]["examples"] == 15
-    assert len(runs[1]) == 20
-    assert runs[2] == pytest.approx(runs[1], rel=1e-4)
-    assert runs[4] == pytest.approx(runs[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("number, workers", [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
 def test_a_signal_saves_and_exits_with_75_and_the_same_command_goes_on(main, tmp_path, number, workers):
     """The signal goes to the whole process group, as Slurm's and the terminal's do, workers included."""
-    command = [*main.tiny, f"--workdir={tmp_path / 'run'}", f"--config.data.workers={workers}", "--config.epochs=200"]
+    command = [*main.tiny, f"--workdir={tmp_path / 'run'}", f"--config.data.workers={workers}", "--config.epochs=20000"]
     running = main(*command, start_only=True, start_new_session=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_until(lambda: len(read_metrics(metrics)) >= 3, running)
@@ -49,46 +71,87 @@ def test_a_signal_saves_and_exits_with_75_and_the_same_command_goes_on(main, tmp
     os.killpg(going_on.pid, signal.SIGTERM)
     output, _ = going_on.communicate(timeout=120)
     assert going_on.returncode == 75, output
-    steps = [line["step"] for line in read_metrics(metrics) if "train/loss" in line]
-    assert steps == list(range(1, len(steps) + 1))
+    assert list(losses(tmp_path / "run")) == list(range(1, max(losses(tmp_path / "run")) + 1))
+
+
+def held(main, moment, *arguments):
+    """A training that is held in native code when it logs a line with this text; released by closing its input."""
+    options = dict(start_only=True, start_new_session=True, stdin=subprocess.PIPE)
+    running = main("train", *main.tiny, "--workdir=run", *arguments, hold_at=moment, **options)
+    read_until(running, "held")
+    return running
+
+
+def test_a_signal_in_the_compilation_is_answered_at_once(main, tmp_path):
+    running = held(main, "compiling the training step")
+    signalled = time.monotonic()
+    running.send_signal(signal.SIGTERM)
+    read_until(running, "stopping after the compilation; a second signal stops at once")
+    assert time.monotonic() - signalled < 2
+    output, _ = running.communicate(timeout=120)
+    assert running.returncode == 75 and "stopped at step 1 of 20, all saved" in output, output
+    assert (tmp_path / "run" / "checkpoints" / "1").is_dir()
 
 
 def test_a_second_signal_ends_it_at_once(main):
-    """In a compilation of many seconds, which Python cannot interrupt."""
-    running = main("train", *main.tiny, "--workdir=run", "--config.model.num_layers=16", start_only=True)
-    for line in running.stdout:
-        if "parameters" in line:
-            break
+    running = held(main, "compiling the training step")
     running.send_signal(signal.SIGTERM)
-    time.sleep(1.5)
+    read_until(running, "stopping after the compilation")
+    time.sleep(1.1)  # sooner, it would be the same signal on another way
     assert running.poll() is None
     running.send_signal(signal.SIGTERM)
-    output = running.communicate(timeout=60)[0]
-    assert running.returncode == -signal.SIGKILL and "stopped at once" in output
+    running.wait(timeout=60)
+    assert running.returncode == -signal.SIGKILL
+    assert "stopped at once: the same command goes on from the last complete checkpoint" in running.stdout.read()
 
 
-def wait_until(condition, process, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < end
-        time.sleep(0.05)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", ["in the configuration", "steps 0 to 20"])
+def test_a_signal_while_it_starts_exits_with_75(main, tmp_path, moment, number):
+    if moment == "in the configuration":
+        (tmp_path / "held.py").write_text("import sys\nprint('held', flush=True)\nsys.stdin.read()\n")
+        options = dict(start_only=True, start_new_session=True, stdin=subprocess.PIPE)
+        running = main("--config=held.py", "--workdir=run", **options)
+        read_until(running, "held")
+    else:
+        running = held(main, moment)
+    os.killpg(running.pid, number)
+    os.killpg(running.pid, number)  # the same one on another way
+    output, _ = running.communicate(timeout=120)
+    assert running.returncode == 75, output
+    assert "Traceback" not in output and "run the same command again" in output
+    assert (tmp_path / "run").exists() == (moment != "in the configuration")
 
 
-def test_the_demonstration_end_to_end(main, tmp_path):
-    """Shortened; alone, `python main.py` is the same chain to the end."""
-    short = ["--config.epochs=2", "--config.evaluate.every=1 epoch", "--config.optimizer.warmup=5 steps"]
-    done = main(*short)
+def test_the_demonstration_and_what_to_do_next(main, tmp_path):
+    """Shortened; alone, `python main.py` is the same chain to the end. Every command that it prints then works."""
+    done = main("--config.epochs=1", "--config.optimizer.warmup=5 steps", "--workdir=runs/my demo")
     assert done.returncode == 0, done.stderr
-    run = tmp_path / "runs" / "demo"
-    assert (run / "birds" / "metadata.parquet").exists()
+    run = tmp_path / "runs" / "my demo"
     assert "on 1 cpu device(s)" in done.stderr  # XLA_FLAGS, where set, has the last word
-    assert json.loads((run / "results.json").read_text())["test"]["examples"] == 240
-    assert "tensorboard --logdir=" in done.stderr and "configs/nabirds_vit_b16.py" in done.stderr
-    evaluations = read_evaluations(run / "metrics.jsonl")
-    assert list(evaluations) == [20, 40]
-    results = json.loads(main("evaluate", f"--workdir={run}").stdout)
-    assert results["test"]["accuracy"] == max(e["test/accuracy"] for e in evaluations.values())
+    results = json.loads((run / "results.json").read_text())
+    assert results["test"]["examples"] == 240 and list(read_evaluations(run / "metrics.jsonl")) == [20]
+
+    lines = done.stderr.partition("what next:\n")[2].splitlines()
+    commands = [re.sub(r"^  ([\w ]+:)? +", "", line) for line in lines]
+    birds = tmp_path / "runs" / "demo" / "birds"
+    environment = main.environment() | {"HF_HUB_OFFLINE": "1"}  # the weights of the real run are not here
+
+    def typed(command, **names):
+        for name, value in names.items():
+            assert name in command
+            command = command.replace(name, shlex.quote(str(value)))
+        return subprocess.run(command, shell=True, capture_output=True, text=True, cwd=tmp_path, env=environment)
+
+    curves, score, names, prepare, train = commands
+    assert curves.endswith(" --logdir='runs/my demo'")
+    assert re.match(r"2\.\d", typed(curves.partition(" --logdir")[0] + " --version_tb").stdout)
+    assert json.loads(typed(score).stdout) == {"step": 20, "test": results["test"]}
+    photograph = next((birds / "archive" / "images").rglob("*.jpg"))
+    assert typed(names, FOLDER=photograph.parent).returncode == 0 and (tmp_path / "birds.csv").exists()
+    assert typed(prepare, NABIRDS_FOLDER=birds / "archive").returncode == 0
+    fetching = typed(train)
+    assert fetching.returncode == 1 and "could not be fetched from the Hugging Face Hub" in fetching.stderr
 
 
 def test_the_cpu_becomes_several_devices(main, tmp_path):
@@ -103,44 +166,80 @@ def test_the_cpu_becomes_several_devices(main, tmp_path):
     assert json.loads(done.stdout)["test"] == trained["test"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_it_starts_exits_with_75(main, number):
-    for wait in (0.5, 1.0, 2.0):
-        running = main(*main.tiny, "--workdir=run", "--config.epochs=2000", start_only=True, start_new_session=True)
-        time.sleep(wait)
-        os.killpg(running.pid, number)
-        time.sleep(0.02)
-        os.killpg(running.pid, number)  # the same one on another way
-        output, _ = running.communicate(timeout=120)
-        assert running.returncode == 75, output
-        assert "Traceback" not in output
+@pytest.fixture
+def our_log():
+    """Undoes what a command in this process does to the package's log."""
+    log = logging.getLogger("vit_nabirds")
+    before = log.handlers[:], log.level, log.propagate
+    yield
+    log.handlers[:], log.level, log.propagate = before
+
+
+def exits(capsys, *arguments) -> tuple[int, str]:
+    """Exit code and messages of a command in this process."""
+    argv = sys.argv[:]
+    code = cli.main(list(map(str, arguments)))
+    assert sys.argv == argv
+    return code, capsys.readouterr().err
+
+
+def test_several_commands_in_one_process(our_log, tmp_path, capsys):
+    draw_archive(tmp_path / "archive", species=2, train=2, test=1, size=(40, 60))
+    assert cli.main(["help"]) == 0
+    assert "usage: " in capsys.readouterr().out
+    assert exits(capsys, "prepare") == (2, "error: prepare needs --archive and --out\n")
+    sizes = ("--train_size=40", "--test_size=32")
+    for out in ("one", "two"):  # flags of the first one are not left over
+        assert exits(capsys, "prepare", f"--archive={tmp_path / 'archive'}", f"--out={tmp_path / out}", *sizes)[0] == 0
+        assert (tmp_path / out / "metadata.parquet").exists()
+        sizes = ()
+    sides = [open_split(tmp_path / out, read_table(tmp_path / out), train=True).size for out in ("one", "two")]
+    assert sides == [40, 269]
 
 
 USAGE = {
-    "unknown command": (["trian"], "no command 'trian'"),
+    "unknown command": (["trian"], "there is no command 'trian': it is one of train, prepare,"),
     "unknown flag": (["prepare", "--archiv=x"], "Unknown command line flag 'archiv'. Did you mean: archive"),
     "flag of another command": (["--archive=x"], "Unknown command line flag 'archive'"),
-    "missing flag": (["prepare", "--out=x"], "--archive"),
-    "neither run nor model": (["predict", "--images=x", "--out=y.csv"], "workdir"),
+    "missing flag": (["prepare", "--out=x"], "prepare needs --archive"),
+    "no flags": (["prepare"], "prepare needs --archive and --out"),
+    "neither run nor model": (["predict", "--images=x", "--out=y.csv"], "predict needs --workdir or --model"),
     "stray argument": (["evaluate", "--workdir=x", "y"], "unexpected argument 'y'"),
-    "mistyped field": (["--config.optimizer.lerning_rate=1"], "did you mean 'optimizer.learning_rate'"),
-    "field of another group": (["--config.learning_rate=1"], "did you mean 'optimizer.learning_rate'"),
+    "mistyped field": (["--config.optimizer.lerning_rate=1"], "did you mean --config.optimizer.learning_rate?"),
+    "field of another group": (["--config.learning_rate=1"], "did you mean --config.optimizer.learning_rate?"),
+    "another name of a field": (["--config.lr=1"], "did you mean --config.optimizer.learning_rate?"),
+    "short name of the batch size": (["--config.bs=8"], "did you mean --config.batch_size?"),
+    "short name of weight decay": (["--config.wd=0.1"], "did you mean --config.optimizer.weight_decay?"),
+    "a field without its prefix": (["--epochs=3"], "did you mean --config.epochs?"),
+    "a nested field without its prefix": (["--learning_rate=3"], "did you mean --config.optimizer.learning_rate?"),
+    "a field that we do not have": (
+        ["--config.label_smoothing=0.1"],
+        "--config.label_smoothing: there is no field 'label_smoothing'; `train --help` lists all fields.",
+    ),
     "wrong type": (["--config.batch_size=many"], "config.batch_size"),
     "fraction for a whole number": (["--config.batch_size=1.5"], "config.batch_size"),
-    "no flags": (["prepare"], "--archive"),
     "empty file name": (["--config="], "the configuration file '' cannot be read"),
     "file name with a space": (["--config=my file.py"], "the configuration file 'my file.py' cannot be read"),
-    "no configuration file": (["--config=nothing.py"], "nothing.py"),
+    "no configuration file": (["--config=nothing.py"], "the configuration file 'nothing.py' cannot be read"),
+    "wrong value": (["--config.optimizer.name=lion"], "optimizer.name is 'lion': it must be 'adamw' or 'sgd'"),
+    "no data": (["--config.data.root=", "--config.data.synthetic=False"], "config.data.root is empty"),
+    "process of several": (["--coordinator=localhost:6000"], "needs --num_processes and --process_id too"),
 }
 
 
 @pytest.mark.parametrize("case", USAGE)
-def test_wrong_usage_exits_with_2(main, case):
+def test_wrong_usage_is_one_line_and_exits_with_2(our_log, tmp_path, monkeypatch, capsys, case):
     arguments, message = USAGE[case]
-    done = main(*arguments)
+    monkeypatch.chdir(tmp_path)
+    code, said = exits(capsys, *arguments)
+    assert code == 2 and said.startswith("error: ") and message in said and len(said.splitlines()) == 1, said
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_exit_code_of_the_process_is_that_of_the_command(main):
+    done = main("trian")
     assert done.returncode == 2
-    assert message in done.stderr and "Traceback" not in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr == f"error: there is no command 'trian': it is one of {', '.join(cli.COMMANDS)}, help\n"
 
 
 CONFIG = """
@@ -155,61 +254,105 @@ def get_config():
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("config.optimizer.lerning_rate = 1.0", "did you mean 'optimizer.learning_rate'"),
+        ("config.optimizer.lerning_rate = 1.0", "did you mean --config.optimizer.learning_rate?"),
         ("config.batch_size = 'many'", "batch_size"),
-        ("config.nothing.here = 1", "nothing"),
+        ("config.nothing.here = 1", "there is no field 'nothing'"),
+        ("raise ValueError('it rains')", "ValueError: it rains"),
+        ("a b", "SyntaxError"),
     ],
 )
-def test_mistake_in_a_configuration_file(main, tmp_path, line, message):
+def test_a_mistake_in_a_configuration_file(our_log, tmp_path, capsys, line, message):
     file = tmp_path / "mine.py"
     file.write_text(CONFIG.format(line=line))
-    done = main(f"--config={file}")
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
-    assert "mine.py" in done.stderr
+    code, said = exits(capsys, f"--config={file}")
+    assert code == 2 and message in said and "mine.py" in said and len(said.splitlines()) == 1, said
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "arguments, code, message",
     [
-        (["--config.batch_size=7", "--config.cpu_devices=1"], "batch_size is 7, which 2 devices cannot share"),
-        (["--config.data.root=/nowhere"], "/nowhere/metadata.parquet is missing"),
-        (["--config.model.pretrained=/nowhere"], "no folder '/nowhere'"),
-        (["--config.optimizer.name=lion"], "'adamw' or 'sgd'"),
+        (["--config.batch_size=7", "--config.cpu_devices=1"], 2, "batch_size is 7, which 2 devices cannot share"),
+        (["--config.optimizer.warmup=4 epochs"], 2, "warmup is 20 steps, but the whole run has 20: shorten it"),
+        (["--config.data.root=/nowhere"], 1, "/nowhere/metadata.parquet is missing"),
+        (["--config.model.pretrained=/nowhere"], 1, "no folder '/nowhere'"),
     ],
 )
-def test_a_mistake_is_one_message_and_exits_with_1(main, tmp_path, arguments, message):
-    done = main(*main.tiny, *arguments, f"--workdir={tmp_path / 'run'}", devices=2)
-    assert done.returncode == 1
-    assert message in done.stderr and "Traceback" not in done.stderr
-    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+def test_a_mistake_of_a_run_is_one_line(main, our_log, tmp_path, capsys, arguments, code, message):
+    """Exit code 2 for a wrong value, 1 for what is missing."""
+    found, said = exits(capsys, *main.tiny, *arguments, f"--workdir={tmp_path / 'run'}")
+    assert found == code and said.startswith("error: ") and message in said and len(said.splitlines()) == 1, said
     assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_of_the_other_commands(our_log, tmp_path, capsys):
+    for arguments, message in (
+        (["prepare", "--archive=/nowhere", f"--out={tmp_path / 'out'}"], "/nowhere: no such folder"),
+        (["evaluate", f"--workdir={tmp_path}"], "holds no run"),
+    ):
+        code, said = exits(capsys, *arguments)
+        assert code == 1 and message in said and len(said.splitlines()) == 1, said
+
+
+def test_a_fault_of_the_program_shows_its_traceback(main, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import random\nrandom.Random = None\n")  # verify draws with it
+    environment = main.environment() | {"PYTHONPATH": str(tmp_path)}
+    done = main("verify", "--checkpoint=/nowhere", env=environment)
+    assert done.returncode == 1 and "Traceback" in done.stderr
 
 
 def test_prepare(main, tmp_path):
     draw_archive(tmp_path / "archive", species=2, train=2, test=1, size=(40, 60))
     done = main("prepare", "--archive=archive", "--out=out", "--train_size=40", "--test_size=32")
     assert done.returncode == 0 and "6 photographs (4 train, 2 test), 2 species" in done.stdout
-    table = data.read_table(tmp_path / "out")
-    assert data.open_split(tmp_path / "out", table, train=True).size == 40
+    assert open_split(tmp_path / "out", read_table(tmp_path / "out"), train=True).size == 40
     assert main("prepare", "--archive=archive", "--out=table", "--metadata_only").returncode == 0
     assert [file.name for file in (tmp_path / "table").iterdir()] == ["metadata.parquet"]
 
 
-def test_mistakes_of_the_other_commands(main, tmp_path):
-    for arguments, message in (
-        (["prepare", "--archive=/nowhere", f"--out={tmp_path / 'out'}"], "/nowhere: no such folder"),
-        (["evaluate", f"--workdir={tmp_path}"], "holds no run"),
-    ):
-        done = main(*arguments)
-        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
-
-
 def test_help_lists_the_commands(main):
-    assert main("train", "--help").returncode == 0
     done = main("help")
     assert done.returncode == 0
-    assert all(command in done.stdout for command in ("train", "prepare", "evaluate", "--config", "75"))
-    assert "--archive" in main("prepare", "--help").stdout
+    assert all(f"\n  {command} " in done.stdout for command in cli.COMMANDS)
+    assert "75 stopped on request" in done.stdout
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_of_a_command_lists_its_flags(our_log, capsys, command):
+    assert cli.main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    flags = {"train": "workdir", "prepare": "archive", "evaluate": "step", "predict": "images", "export": "out"}
+    assert f"\n  --{flags.get(command, 'checkpoint')} " in shown and "Exit codes: " in shown
+
+
+def test_help_of_train_lists_every_field_with_its_meaning(our_log, capsys):
+    assert cli.main(["train", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, field in fields():
+        shown = [line for line in lines if line.startswith(f"  --config.{name}=")]
+        assert len(shown) == 1 and field.metadata["meaning"] and shown[0].endswith(field.metadata["meaning"])
+    assert "  --config.optimizer.learning_rate=0.0001 " in "\n".join(lines)
+
+
+def test_nobody_reads_on(main):
+    """As in `help | head -1`, whose pipe is closed before all is written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, REPOSITORY / "main.py", "help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.stderr == "" and done.returncode == 0
+    piped = f"set -o pipefail; {shlex.join(map(str, command))} | head -1"
+    done = subprocess.run(["bash", "-c", piped], capture_output=True, text=True)
+    assert done.stdout.count("\n") == 1 and done.stderr == "" and done.returncode == 0
+
+
+@pytest.mark.parametrize("options", [["-S"], ["-I", "-S"]])  # without packages, and without the checkout too
+def test_a_python_without_the_packages_is_one_line(tmp_path, options):
+    done = subprocess.run(
+        [sys.executable, *options, REPOSITORY / "main.py"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert re.match(r"error: the package '\w+' is not installed in /.*: use an environment that has it", done.stderr)
 
 
 def test_a_full_disk_is_one_message():
@@ -219,13 +362,3 @@ def test_a_full_disk_is_one_message():
     error = ValueError("RESOURCE_EXHAUSTED: Error writing local file: No space left on device [os_error_code='28']")
     assert message_of(error).startswith("No space left on device: make room, and run the same command again")
     assert message_of(ValueError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")) is None
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="malloc of glibc")
-@pytest.mark.parametrize("given, expected", [({}, "glibc.malloc.hugetlb=1"), ({"GLIBC_TUNABLES": ""}, "''")])
-def test_it_starts_itself_again_for_large_pages_unless_told_otherwise(main, tmp_path, given, expected):
-    config = tmp_path / "config.py"
-    config.write_text("import os\n\n\ndef get_config():\n    raise ValueError(repr(os.environ['GLIBC_TUNABLES']))\n")
-    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"} | given
-    told = main(f"--config={config}", env=environment)
-    assert told.returncode == 2 and expected in told.stderr

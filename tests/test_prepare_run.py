@@ -122,7 +122,18 @@ print("prepared", run.compile_step().memory_analysis().temp_size_in_bytes, len(r
 
 def test_a_run_is_prepared_on_a_read_only_file_system(prepared, tmp_path):
     (tmp_path / "mounted").mkdir()
-    command = ["unshare", "-m", "bash", "-c", READ_ONLY, "bash", tmp_path / "mounted", prepared, sys.executable, PREPARE]
+    command = [
+        "unshare",
+        "-m",
+        "bash",
+        "-c",
+        READ_ONLY,
+        "bash",
+        tmp_path / "mounted",
+        prepared,
+        sys.executable,
+        PREPARE,
+    ]
     path = {"PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | path)

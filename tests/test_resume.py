@@ -58,7 +58,7 @@ def test_a_run_moves_between_four_devices_and_one(main, undisturbed, tmp_path):
     """Stopped between evaluations on four devices and in an evaluation on one; compared with a run on two."""
     workdir = tmp_path / "run"
     for devices, moment, step in ((4, "step 6/20", 8), (1, "step 10/20", 10), (4, None, 20)):
-        done = main("train", *main.tiny, f"--workdir={workdir}", devices=devices, stop_at=moment)
+        done = main("train", *main.tiny, f"--workdir={workdir}", devices=devices, stop_at=moment or "")
         assert done.returncode == (75 if moment else 0), done.stderr
         assert f"on {devices} cpu device(s)" in done.stderr and steps_of(workdir)[-1] == step
     assert losses(workdir) == pytest.approx(losses(undisturbed), rel=1e-4)

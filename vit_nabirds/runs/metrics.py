@@ -1,0 +1,25 @@
+"""metrics.jsonl: a line for each logged step and each evaluation."""
+
+import json
+from pathlib import Path
+
+from vit_nabirds.errors import UserError
+
+
+def read_metrics(file: Path) -> list[dict]:
+    """The lines of metrics.jsonl, without a last one that a crash has cut short."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    values = []
+    for number, line in enumerate(lines, start=1):
+        if line.endswith("\n"):
+            try:
+                values.append(json.loads(line))
+            except ValueError:
+                raise UserError(f"{file}, line {number} is not JSON: delete that line.") from None
+    return values
+
+
+def read_evaluations(file: Path) -> dict[int, dict]:
+    """The metrics of each evaluation in metrics.jsonl by step."""
+    lines = [line for line in read_metrics(file) if "test/accuracy" in line]
+    return {line["step"]: {name: value for name, value in line.items() if "/" in name} for line in lines}
