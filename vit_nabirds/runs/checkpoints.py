@@ -17,6 +17,7 @@ from orbax.checkpoint import v1 as ocp
 from vit_nabirds.errors import UserError
 from vit_nabirds.models.normalization import Normalization
 
+FORMAT = 2  # of the metadata below and of the trees
 Arrays = dict[str, jax.Array]  # by path, like 'encoder/layers/0/norm1/scale'
 
 
@@ -75,30 +76,24 @@ class Checkpoints:
         self._finish()
         with options:
             self._saving = self._orbax.save_checkpointables_async(
-                step, parts, custom_metadata=dataclasses.asdict(metadata) | {"arrays": arrays}
+                step, parts, custom_metadata=dataclasses.asdict(metadata) | {"format": FORMAT, "arrays": arrays}
             )
 
     def metadata(self, step: int) -> Metadata:
         try:
-            return Metadata.from_json(self._custom_metadata(step))
+            fields = self._custom_metadata(step)
+            if "config" in fields and fields.get("format", 1) != FORMAT:
+                raise self._of_another_version(step)
+            return Metadata.from_json(fields)
         except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
             raise self._unusable(step, error) from error
 
     def restore(self, step: int, like: dict[str, dict[str, jax.ShapeDtypeStruct]]) -> dict[str, Arrays]:
         """The parts named in `like`, each array on the sharding that `like` gives it."""
-        try:
-            stored = self._custom_metadata(step)["arrays"]
-            for name, part in like.items():
-                if (
-                    any(stored[name][path][:2] != _described(x) for path, x in part.items())
-                    or stored[name].keys() - part
-                ):
-                    raise KeyError(name)
-        except KeyError:
-            raise UserError(
-                f"{self._orbax.directory / str(step)} was written by another version of this program: go on with that "
-                "version, or use another --workdir."
-            ) from None
+        stored = self._custom_metadata(step)["arrays"]
+        for name, part in like.items():
+            if {path: x[:2] for path, x in stored[name].items()} != {path: _described(x) for path, x in part.items()}:
+                raise self._of_another_version(step)
         try:
             parts = self._orbax.load_checkpointables(step, like)
         except (ValueError, KeyError, OSError) as error:
@@ -123,6 +118,12 @@ class Checkpoints:
         if self._saving:
             saving, self._saving = self._saving, None
             saving.result()
+
+    def _of_another_version(self, step: int) -> UserError:
+        folder = self._orbax.directory / str(step)
+        return UserError(
+            f"{folder} was written by another version of this program: use that version, or another --workdir."
+        )
 
     def _unusable(self, step: int, error: BaseException | None = None) -> UserError:
         """Why a checkpoint fails to load: damaged is only what was read and found wrong."""

@@ -37,9 +37,7 @@ class Selection:
             problem = f"is damaged ({error})"
         if checkpoints:
             steps = ", ".join(map(str, checkpoints))
-            log.warning(
-                "%s %s: how good the checkpoints of steps %s are is unknown, all are kept", file, problem, steps
-            )
+            log.warning("%s %s: any checkpoint (of step %s) may be the best, all are kept", file, problem, steps)
         return cls(file, {}, list(checkpoints))
 
     def forget_after(self, step: int) -> None:

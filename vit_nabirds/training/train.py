@@ -58,10 +58,9 @@ def train(config: Config, workdir: Path, group: ProcessGroup) -> int:
         keep_compiled(workdir / "compiled", group.is_writer)
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir / "checkpoints")))
         checkpoints.keep = run.selection.keep(checkpoints.steps)
-        tracker = Tracker(workdir, run.plan, run.start, group.is_writer)
-        stack.callback(tracker.close)
-        introduce(run, tracker, group)
         state = state or run.restore(checkpoints)
+        tracker = stack.enter_context(contextlib.closing(Tracker(workdir, run.plan, run.start, group.is_writer)))
+        introduce(run, tracker, group)
 
         reporter = Reporter(run, tracker)
         saver = Saver(run, checkpoints, group.is_writer)
