@@ -8,7 +8,7 @@ import numpy as np
 from vit_nabirds.models.normalization import Normalization, to_float, zscore
 from vit_nabirds.parallel import devices
 from vit_nabirds.recipe.augmentation import augment, random_gamma
-from vit_nabirds.training.loop import step_keys
+from vit_nabirds.training.step import step_keys
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (12, 12, 3), np.uint8)
 

@@ -44,14 +44,17 @@ def test_a_sweep_has_a_job_and_a_workdir_for_each_rate():
     [
         (["train", "--nodes=2"], "usage: launch/train.sbatch"),
         (["train", "-N", "2", *TRAINING], "write sbatch's options like --nodes=2"),
-        (["train", "--", "--config=configs/birds60.py"], "give the training a --workdir=DIR"),
+        (
+            ["train", "--", "--config=configs/birds60.py"],
+            "give the trainer a --workdir=DIR on storage that all nodes share",
+        ),
         (["train", "MAX_FRUITLESS=many", *TRAINING], "MAX_FRUITLESS is 'many': give a number"),
-        (["train", "STAGE=README.md", *TRAINING], "STAGE=README.md is no .tar file"),
+        (["train", "STAGE=README.md", *TRAINING], "STAGE=README.md is neither a .tar file"),
         (["sweep", "RATES=1e-5,1e-4", *TRAINING], "RATES has '1e-5,1e-4': write numbers with spaces between"),
         (["sweep", "RATES= ", *TRAINING], "RATES is empty"),
     ],
 )
-def test_what_cannot_be_submitted_is_told(arguments, message):
+def test_what_cannot_be_submitted_is_refused(arguments, message):
     environment = dict(word.split("=", 1) for word in arguments if word[0].isupper())
     options = [word for word in arguments[1:] if not word[0].isupper()]
     refused = launch(f"launch/{arguments[0]}.sbatch", *options, **environment)
@@ -63,7 +66,7 @@ def test_a_job_is_shown_from_inside_an_allocation_too():
     assert "  --nodes=3" in shown.stdout.splitlines() and "  --time=5" in shown.stdout.splitlines()
 
 
-def test_data_are_staged_once_on_a_node(prepared, tmp_path):
+def test_data_is_staged_once_on_a_node(prepared, tmp_path):
     archive, disk = tmp_path / "prepared.tar", tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["tar", "-cf", archive, "-C", prepared.parent, prepared.name], check=True)
@@ -79,7 +82,7 @@ def test_data_are_staged_once_on_a_node(prepared, tmp_path):
     assert launch("launch/stage_data.sh", str(tmp_path / "none.tar"), SLURM_TMPDIR=str(disk)).returncode != 0
     os.utime(archive, (0, 0))  # another archive than the one that was unpacked
     stale = launch(*stage, SLURM_TMPDIR=str(disk))
-    assert stale.returncode == 1 and f"{disk / prepared.name} is of another archive" in stale.stderr
+    assert stale.returncode == 1 and f"{disk / prepared.name} was made from another archive" in stale.stderr
 
 
 def test_a_packed_folder_is_staged_without_its_images(prepared, tmp_path):
@@ -87,9 +90,9 @@ def test_a_packed_folder_is_staged_without_its_images(prepared, tmp_path):
     shutil.copytree(prepared, folder)
     options, stage = ["launch/train.sbatch", "--dry-run", *TRAINING], ["launch/stage_data.sh", f"{folder}/"]
     refused = launch(*options, STAGE=str(folder))
-    assert refused.returncode == 2 and "no folder that is packed (main.py prepare --pack)" in refused.stderr
+    assert refused.returncode == 2 and "nor a packed folder (main.py prepare --pack)" in refused.stderr
     refused = launch(*stage, SLURM_TMPDIR=str(disk))
-    assert refused.returncode == 1 and "no folder that is packed (main.py prepare --pack)" in refused.stderr
+    assert refused.returncode == 1 and "nor a packed folder (main.py prepare --pack)" in refused.stderr
     assert not disk.exists()
 
     pack(folder)
@@ -105,10 +108,10 @@ def test_a_packed_folder_is_staged_without_its_images(prepared, tmp_path):
     assert all((disk / "my birds" / file).read_bytes() == (folder / file).read_bytes() for file in copied)
     os.utime(folder / "metadata.parquet", (0, 0))  # a label was corrected
     stale = launch(*stage, SLURM_TMPDIR=str(disk))
-    assert stale.returncode == 1 and f"{disk / 'my birds'} is of another archive" in stale.stderr
+    assert stale.returncode == 1 and f"{disk / 'my birds'} was made from another archive" in stale.stderr
 
 
-def test_tensorboard_listens_to_this_machine_alone(tmp_path):
+def test_tensorboard_listens_on_this_machine_alone(tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "activate").write_text(f"PATH={tmp_path / 'bin'}:$PATH")
     (tmp_path / "bin" / "tensorboard").write_text('#!/bin/sh\necho "$@"')

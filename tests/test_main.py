@@ -306,9 +306,10 @@ def test_prepare(main, tmp_path):
     assert [file.name for file in (tmp_path / "table").iterdir()] == ["metadata.parquet"]
 
 
-def test_help_lists_the_commands(main):
-    done = main("help")
-    assert done.returncode == 0
+@pytest.mark.parametrize("asked", ["help", "--help", "-h"])
+def test_help_lists_the_commands(main, asked):
+    done = main(asked)
+    assert done.returncode == 0 and "--config.seed" not in done.stdout
     assert all(f"\n  {command} " in done.stdout for command in cli.COMMANDS)
     assert "75 stopped on request" in done.stdout
 

@@ -1,34 +1,40 @@
 """Schedules, weight decay, clipping and the choice of parameters."""
 
-from fractions import Fraction
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_nabirds.config.fields import default
-from vit_nabirds.errors import UserError
+from vit_nabirds.config import Config, default
+from vit_nabirds.config.plan import Plan
+from vit_nabirds.errors import ConfigError
 from vit_nabirds.recipe import optimizer
 
 
 def configured(**fields):
     config = default()
     config.data.root = "x"
+    config.epochs, config.batch_size = 5.0, 8  # 20 steps of 32 images
     config.optimizer.update(fields)
-    return config
+    return Config.read(config)
 
 
 def test_schedule_warms_up_and_ends_at_zero():
     for name, middle in (("linear", 0.5), ("cosine", 0.5)):
         config = configured(schedule=name, learning_rate=2.0, warmup="1 epoch")
-        schedule = optimizer.make_schedule(config, total_steps=20, steps_per_epoch=Fraction(4))
+        schedule = optimizer.make_schedule(config, Plan.of(config, training_images=32))
         assert [float(schedule(step)) for step in (0, 2, 4)] == [0, 1, 2]
         assert float(schedule(12)) == pytest.approx(2 * middle) and float(schedule(20)) == pytest.approx(0, abs=1e-6)
 
 
-def test_warmup_longer_than_the_run_is_an_error():
-    with pytest.raises(UserError, match="warmup is 20 steps, but the whole run has 20"):
-        optimizer.make_schedule(configured(warmup="20 steps"), 20, Fraction(4))
+def test_without_warm_up_it_starts_at_the_peak():
+    config = configured(learning_rate=2.0)
+    schedule = optimizer.make_schedule(config, Plan.of(config, training_images=32))
+    assert float(schedule(0)) == 2 and float(schedule(20)) == pytest.approx(0, abs=1e-6)
+
+
+def test_warm_up_as_long_as_the_run_is_an_error():
+    with pytest.raises(ConfigError, match="warmup is 20 steps, but the whole run has 20"):
+        Plan.of(configured(warmup="20 steps"), training_images=32)
 
 
 PARAMS = {
@@ -70,5 +76,5 @@ def test_gradient_is_clipped_by_its_global_norm():
 def test_trainable_paths():
     assert optimizer.trainable_paths(list(PARAMS), "classifier") == ["classifier/kernel"]
     assert optimizer.trainable_paths(list(PARAMS), ".*") == list(PARAMS)
-    with pytest.raises(UserError, match="'clasifier' matches no parameter path"):
+    with pytest.raises(ConfigError, match="'clasifier' matches no parameter path"):
         optimizer.trainable_paths(list(PARAMS), "clasifier")

@@ -39,10 +39,10 @@ def test_a_stopped_and_resumed_run_is_bit_equal(undisturbed, tiny_config, tmp_pa
 
 
 def test_a_crash_loses_only_what_was_not_saved(undisturbed, tiny_config, tmp_path):
-    tiny_config.checkpoint.every = "3 steps"
-    with at("step 11/20", crash), pytest.raises(RuntimeError, match="died"):
+    tiny_config.checkpoint.every = "4 steps"
+    with at("step 9/20", crash), pytest.raises(RuntimeError, match="died"):
         train(tiny_config, tmp_path)
-    assert steps_of(tmp_path)[-1] == 10
+    assert max(losses(tmp_path)) == 9 and steps_of(tmp_path) == [5, 8]
     assert train(tiny_config, tmp_path) == FINISHED
     assert losses(tmp_path) == losses(undisturbed)
 
@@ -113,6 +113,19 @@ def test_a_run_of_an_earlier_version_without_a_field_goes_on(undisturbed, tiny_c
     tiny_config.optimizer.clip_norm = 0.0
     assert train(tiny_config, run) == FINISHED
     assert losses(run) == losses(undisturbed)
+
+
+def test_a_checkpoint_of_another_format_is_refused(undisturbed, tiny_config, tmp_path):
+    run = unfinished(undisturbed, tmp_path)
+    file = run / "checkpoints" / "15" / "_CHECKPOINT_METADATA"
+    content = json.loads(file.read_text())
+    for other in (1, None):  # the first format had no number
+        content["custom_metadata"]["format"] = other
+        if other is None:
+            del content["custom_metadata"]["format"]
+        file.write_text(json.dumps(content))
+        with pytest.raises(UserError, match="checkpoints/15 was written by another version of this program"):
+            train(tiny_config, run)
 
 
 def test_another_configuration_in_the_same_workdir_is_refused(undisturbed, tiny_config):

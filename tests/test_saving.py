@@ -20,7 +20,7 @@ from vit_nabirds.errors import UserError
 from vit_nabirds.models.normalization import Normalization
 from vit_nabirds.parallel import devices
 from vit_nabirds.runs import checkpoints
-from vit_nabirds.runs.checkpoints import Checkpoints, Metadata, digest, newest, placed
+from vit_nabirds.runs.checkpoints import Checkpoints, Metadata, digest, existing, placed
 from vit_nabirds.runs.loading import open_run
 from vit_nabirds.runs.selection import Selection
 
@@ -45,7 +45,7 @@ def test_three_lines_of_orbax_read_every_parameter(undisturbed):
 
 
 def test_the_newest_and_the_best_checkpoints_are_kept_and_describe_themselves(undisturbed):
-    steps, metadata = newest(undisturbed / "checkpoints")
+    steps, metadata = existing(undisturbed / "checkpoints")
     best = Selection.read(undisturbed, []).best([5, 10, 15, 20])
     assert set(steps) == {15, 20, best}
     assert len(metadata.species) == 4 and metadata.architecture["hidden_size"] == 16
@@ -106,7 +106,9 @@ def test_the_sums_are_the_same_on_the_host_and_on_devices(dtype):
         on_host = checkpoints._sums(np.asarray(array))
         on_device = checkpoints._sums_on_device(array)
         assert [int(x) for x in on_host] == [int(x) for x in on_device]
-        assert not on_host[2]
+        words = np.frombuffer(np.asarray(array).tobytes(), f"uint{8 * array.dtype.itemsize}").tolist()
+        expected = sum(words), sum(word * (2 * place + 1) for place, word in enumerate(words))
+        assert [int(x) for x in on_host] == [*(total % 2**32 for total in expected), 1]
         found.append(tuple(map(int, on_host[:2])))
     assert len(set(found)) == 4 and found[0][0] == found[1][0]  # the weighted sum alone sees the order
 
@@ -114,7 +116,8 @@ def test_the_sums_are_the_same_on_the_host_and_on_devices(dtype):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_the_sums_find_what_is_not_finite(value):
     array = jnp.ones((3, 4)).at[1, 2].set(value)
-    assert checkpoints._sums(np.asarray(array))[2] and checkpoints._sums_on_device(array)[2] == 1
+    assert not checkpoints._sums(np.asarray(array))[2] and checkpoints._sums_on_device(array)[2] == 0
+    assert not digest({"params": {"x": array}})["params"]["x"].is_finite
 
 
 def bytes_on_devices() -> int:
@@ -180,7 +183,7 @@ def test_a_hundred_saves_take_no_more_descriptors_and_threads_than_twenty(tmp_pa
     done = subprocess.run([sys.executable, "-c", MANY_SAVES, tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     files, threads, files_late, threads_late = map(int, done.stdout.split())
-    assert files_late <= files + 2 and threads_late <= threads + 2
+    assert files_late < files + 20 and threads_late < threads + 20  # one left by each save would make 70
 
 
 @pytest.fixture
@@ -204,7 +207,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(open_folder, par
     like = placed(jax.eval_shape(lambda: parts), devices.replicated(devices.make_mesh()))
 
     def read():
-        assert newest(folder)[1].species == ["wren"]
+        assert existing(folder)[1].species == ["wren"]
         return restore(folder, 2, like)
 
     assert read()["params"]["kernel"].sum() == 8

@@ -15,7 +15,7 @@ from orbax.checkpoint import v1 as ocp
 
 from vit_nabirds.config import Config
 from vit_nabirds.parallel.group import ProcessGroup
-from vit_nabirds.runs.checkpoints import Metadata, newest
+from vit_nabirds.runs.checkpoints import Metadata, existing
 from vit_nabirds.runs.metrics import read_metrics
 from vit_nabirds.training.run import Run, prepare_run
 from vit_nabirds.training.train import train as train_run
@@ -75,12 +75,12 @@ def losses(workdir: Path) -> dict[int, float]:
 
 def steps_of(workdir: Path) -> list[int]:
     """Steps of the complete checkpoints."""
-    return newest(workdir / "checkpoints")[0]
+    return existing(workdir / "checkpoints")[0]
 
 
 def metadata_of(workdir: Path) -> Metadata:
     """Of the newest checkpoint."""
-    return newest(workdir / "checkpoints")[1]
+    return existing(workdir / "checkpoints")[1]
 
 
 def arrays_of(workdir: Path, step: int) -> dict[str, np.ndarray]:

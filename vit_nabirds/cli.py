@@ -13,7 +13,9 @@ from absl import flags
 from absl import logging as absl_logging
 
 from vit_nabirds.errors import ConfigError, UserError
+from vit_nabirds.parallel import launchers
 from vit_nabirds.parallel.group import ProcessGroup
+from vit_nabirds.parallel.preemption import EXIT_STOPPED, SIGNALS
 
 COMMANDS = ("train", "prepare", "evaluate", "predict", "export", "verify")
 DEMO = Path(__file__).parent.parent / "configs" / "demo.py"
@@ -31,48 +33,50 @@ KINDS = {
     str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_boolean,
     list: flags.DEFINE_multi_string,
 }  # fmt: skip
+STOPPED = b"stopped: run the same command again to go on\n"
 HELP = {"--help", "-help", "-h"}
 
 
 def console() -> None:
     """The program. SIGTERM or Ctrl-C before the work begins stops it at once: nothing is lost."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in SIGNALS:
         signal.signal(number, _stop_at_once)
+    code = main(sys.argv[1:])
     try:
-        code = main(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:  # `help | head -1`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     sys.exit(code)
 
 
 def main(argv: list[str]) -> int:
-    """Run one command, like ['predict', '--model=my-birds', ...], and return its exit code. Can be called anywhere."""
+    """Run one command, like ['predict', '--model=my-birds', ...], and return its exit code. From Python, too."""
     group = ProcessGroup()
     try:
+        if argv and argv[0] in {"help"} | HELP:
+            return _show(overview())
         name, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("train", argv)
-        if name == "help":
-            print(overview())
-            return 0
         if name not in COMMANDS:
             raise ConfigError(f"there is no command {name!r}: it is one of {', '.join(COMMANDS)}, help")
         command = importlib.import_module(f"vit_nabirds.commands.{name}")
         if HELP & set(argv):
-            print(help_of(name, command))
-            return 0
+            return _show(help_of(name, command))
         try:
             options = parse(name, command, argv)
         except ConfigError:
             if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":  # all tasks fail alike: let one of them say why
                 with contextlib.suppress(UserError):
-                    group = join(None)
+                    group = launchers.join()
             raise
         log_to_stderr()
         if command.PARALLEL:
-            group = join(options)
+            names = ("coordinator", "num_processes", "process_id", "start_timeout")
+            group = launchers.join(*(options[name].value for name in names))
             if not group.is_writer:
                 logging.getLogger("vit_nabirds").setLevel(logging.ERROR)
+        elif signal.getsignal(signal.SIGINT) is _stop_at_once:  # alone, it can clean up
+            for number in SIGNALS:
+                signal.signal(number, _stop_and_clean_up)
         return command.run(options, group)
     except Exception as error:
         return group.fail_with(error)
@@ -107,7 +111,7 @@ def parse(name: str, command: ModuleType, argv: list[str]) -> flags.FlagValues:
 def with_configuration(command: ModuleType, argv: list[str]) -> list[str]:
     """The arguments with the demonstration's configuration where a command takes one and none is named."""
     named = any(argument.lstrip("-").partition("=")[0] == "config" for argument in argv if argument.startswith("-"))
-    return argv if named or not hasattr(command, "CONFIGURED") else [f"--config={DEMO}", *argv]
+    return argv if named or not command.CONFIGURED else [f"--config={DEMO}", *argv]
 
 
 def flags_of(command: ModuleType, argv: list[str]) -> flags.FlagValues:
@@ -116,20 +120,12 @@ def flags_of(command: ModuleType, argv: list[str]) -> flags.FlagValues:
     for name, (default, text) in (command.FLAGS | (CLUSTER if command.PARALLEL else {})).items():
         kind, default = (default, None) if isinstance(default, type) else (type(default), default)
         KINDS[kind](name, default, text, flag_values=values)
-    if hasattr(command, "CONFIGURED"):
+    if command.CONFIGURED:
         from ml_collections import config_flags
 
         text = "Configuration file; --config.x.y=value changes a field."
         config_flags.DEFINE_config_file("config", None, text, flag_values=values, sys_argv=argv)
     return values
-
-
-def join(options: flags.FlagValues | None) -> ProcessGroup:
-    from vit_nabirds.parallel import launchers
-
-    if options is None:
-        return launchers.join()
-    return launchers.join(options.coordinator, options.num_processes, options.process_id, options.start_timeout)
 
 
 def log_to_stderr() -> None:
@@ -171,6 +167,17 @@ def doc(name: str) -> str:
     return (importlib.import_module(f"vit_nabirds.commands.{name}").__doc__ or "").splitlines()[0]
 
 
+def _show(text: str) -> int:
+    with contextlib.suppress(BrokenPipeError):
+        print(text, flush=True)
+    return 0
+
+
 def _stop_at_once(*_: object) -> None:
-    os.write(2, b"stopped: run the same command again to go on\n")
-    os._exit(75)
+    os.write(2, STOPPED)
+    os._exit(EXIT_STOPPED)
+
+
+def _stop_and_clean_up(*_: object) -> None:
+    os.write(2, STOPPED)
+    sys.exit(EXIT_STOPPED)

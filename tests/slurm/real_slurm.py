@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vit_nabirds.runs.tracker import read_metrics
+from vit_nabirds.runs.metrics import read_metrics
 
 os.environ["PATH"] += ":/usr/sbin:/sbin"  # where the daemons are
 NEEDED = ("slurmctld", "slurmd", "munged", "mungekey", "srun")

@@ -3,7 +3,7 @@
 import pytest
 from real_slurm import TINY, last_step, wait_until
 
-from vit_nabirds.runs.tracker import read_evaluations, read_metrics
+from vit_nabirds.runs.metrics import read_evaluations, read_metrics
 
 
 def trace(workdir) -> dict[int, tuple[int, float]]:

@@ -5,14 +5,14 @@ import subprocess
 
 from real_slurm import TINY, last_step, wait_until
 
-from vit_nabirds.runs.tracker import read_evaluations
+from vit_nabirds.runs.metrics import read_evaluations
 
 
 def test_one_task_for_each_node_on_staged_data(slurm, prepared, tmp_path, monkeypatch):
     archive, disk = tmp_path / f"{prepared.name}.tar", tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["tar", "-cf", archive, "-C", prepared.parent, prepared.name], check=True)
-    slow = tmp_path / "bin" / "tar"  # a minute for the first turn, which is preempted meanwhile
+    slow = tmp_path / "bin" / "tar"  # a minute in the first start, which is preempted meanwhile
     slow.parent.mkdir()
     slow.write_text(
         f'#!/bin/sh\n[ -e {tmp_path}/second ] || {{ touch {tmp_path}/second; sleep 60; }}\nexec /bin/tar "$@"\n'
@@ -43,7 +43,7 @@ def test_a_sweep_trains_each_rate_in_its_own_workdir_whatever_comes(slurm, prepa
         wait_until(lambda: log.exists() and "step 5/" in log.read_text(), 60)  # noqa: B023
     slurm.run("scancel", "--signal=TERM", job.number)
     wait_until(lambda: not slurm.run("squeue", "-h", f"--job={job.number}").stdout, 120)
-    assert all("asking Slurm for another turn" in log.read_text() for log in logs)
+    assert all("requeueing the job to resume from step" in log.read_text() for log in logs)
     assert all("finished: " in log.read_text() for log in logs)
     runs = [tmp_path / f"learning_rate={rate}" / "metrics.jsonl" for rate in ("0.01", "0.002")]
     results = [read_evaluations(run) for run in runs]

@@ -1,1 +1,2 @@
-"""One file for each command of the command line: its flags, and the function that runs it."""
+"""One file for each command: its FLAGS, those REQUIRED, whether it is PARALLEL (may be one of several processes) or
+CONFIGURED (takes a configuration file), and the function `run` that returns its exit code."""

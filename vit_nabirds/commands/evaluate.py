@@ -13,6 +13,7 @@ FLAGS = {
     "data_root": (str, "Prepared folder (default: the one that the run was trained on)."),
 }
 PARALLEL = True
+CONFIGURED = False
 
 log = logging.getLogger("vit_nabirds")
 
@@ -27,11 +28,10 @@ def run(options, group) -> int:
 def evaluate(workdir: Path, step: int | None = None, root: str | None = None, is_writer: bool = True) -> int:
     """Score a checkpoint of a run, by default its best; returns the exit code."""
     from vit_nabirds.data.photographs import check_sizes, open_split
-    from vit_nabirds.data.table import fingerprint, read_table, species_names
+    from vit_nabirds.data.table import fingerprint, read_table, species_differences, species_names
     from vit_nabirds.evaluation.scoring import make_eval_step, score
     from vit_nabirds.parallel.preemption import EXIT_STOPPED, StopRequest
     from vit_nabirds.runs.loading import open_run
-    from vit_nabirds.training.run import species_differences
 
     run = open_run(workdir, step)
     metadata, config = run.metadata, run.metadata.config

@@ -18,6 +18,7 @@ FLAGS = {
     "out": (str, "Folder to write; it must not exist."),
 }
 PARALLEL = False
+CONFIGURED = False
 
 
 def run(options, group) -> int:

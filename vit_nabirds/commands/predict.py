@@ -21,6 +21,7 @@ FLAGS = {
     "topk": (5, "Species to name for each photograph."),
 }
 PARALLEL = False
+CONFIGURED = False
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 COLUMNS = ("file", "rank", "species", "probability", "problem")
 
@@ -62,11 +63,11 @@ def predict(images: Path, out: Path, topk: int = 5, **source) -> int:
 
 def check_output(out: Path) -> None:
     if out.suffix not in (".csv", ".jsonl", ".parquet"):
-        raise UserError(f"--out={out}: its name must end in .csv, .jsonl or .parquet.")
+        raise ConfigError(f"--out={out}: its name must end in .csv, .jsonl or .parquet.")
     if not out.absolute().parent.is_dir():
-        raise UserError(f"--out={out}: there is no folder {out.absolute().parent}.")
+        raise ConfigError(f"--out={out}: there is no folder {out.absolute().parent}.")
     if out.is_dir():
-        raise UserError(f"--out={out} is a folder: give the name of a file.")
+        raise ConfigError(f"--out={out} is a folder: give the name of a file.")
 
 
 def find_images(path: Path) -> list[Path]:

@@ -11,6 +11,7 @@ FLAGS = {
     "margin": (0.2, "Margin around a training bird, as a share of its box on each side."),
 }
 PARALLEL = False
+CONFIGURED = False
 
 
 def run(options, group) -> int:

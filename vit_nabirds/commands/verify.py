@@ -13,6 +13,7 @@ FLAGS = {
     "tolerance": (1e-4, "Largest difference of logits that counts as the same."),
 }
 PARALLEL = False
+CONFIGURED = False
 
 
 def run(options, group) -> int:
@@ -35,7 +36,7 @@ def verify(name: str, images: list[str], figure: Path | None, tolerance: float) 
     if not tolerance >= 0:
         raise ConfigError(f"--tolerance={tolerance}: give a number of at least 0.")
     if figure and (figure.suffix.lower() not in Image.registered_extensions() or not figure.absolute().parent.is_dir()):
-        raise UserError(f"--figure={figure}: give a file in a folder that exists, with a name that ends like .png.")
+        raise ConfigError(f"--figure={figure}: give a file in a folder that exists, with a name that ends like .png.")
     pictures = read_pictures(images)
     checkpoint = open_checkpoint(name)
     reference, kind = load_reference(checkpoint)

@@ -13,7 +13,7 @@ STEPS = "'500 steps' or '1 epoch'"
 class Duration:
     """An amount of steps, epochs or minutes. Written back as the user wrote it."""
 
-    text: str
+    text: str = dataclasses.field(compare=False)
     amount: Fraction
     unit: str
 

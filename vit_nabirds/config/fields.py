@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Self
@@ -82,11 +83,11 @@ SHAPE = ("image_size", "patch_size", "hidden_size", "num_layers", "num_heads", "
 class Optimizer:
     name: str = _field("adamw", "'adamw', or 'sgd' with Nesterov momentum", one_of("adamw", "sgd"))
     learning_rate: float = _field(1e-4, "the peak, after warm-up", POSITIVE)
-    head_multiplier: float = _field(1.0, "learning rate of the new classifier over that of the rest", POSITIVE)
+    head_multiplier: float = _field(1.0, "factor on the learning rate of the new classifier", POSITIVE)
     schedule: str = _field("cosine", "'cosine' or 'linear'; both end at 0", one_of("cosine", "linear"))
     warmup: Duration = _field("0 steps", "linear rise of the learning rate", LENGTH)
-    weight_decay: float = _field(0.0, "of kernels; biases, norms, class token and positions have none", NOT_NEGATIVE)
-    momentum: float = _field(0.9, "of sgd", SHARE)
+    weight_decay: float = _field(0.0, "for kernels; none for biases, norms, class token and positions", NOT_NEGATIVE)
+    momentum: float = _field(0.9, "for sgd only", SHARE)
     clip_norm: float = _field(0.0, "largest global norm of the gradient; 0 leaves it as it is", NOT_NEGATIVE)
 
 
@@ -106,7 +107,7 @@ class Checkpoint:
 class Config:
     """A checked configuration. `Config.read` makes one of what the user wrote."""
 
-    seed: int = _field(0, "of the order of the photographs, their augmentation, dropout and new weights", SEED)
+    seed: int = _field(0, "for the order of the photographs, their augmentation, dropout and new weights", SEED)
     batch_size: int = _field(128, "photographs a step, over all devices of all hosts", POSITIVE)
     epochs: float = _field(10.0, "passes over the training photographs", POSITIVE)
     compute_dtype: str = _field(
@@ -136,16 +137,16 @@ class Config:
                 "config.data.root is empty: give the folder that `prepare` wrote: --config.data.root=DIR."
             )
         if config.data.synthetic and config.model.image_size is None:
-            raise ConfigError("config.model.image_size is None: it must be set, for the birds are drawn for it.")
+            raise ConfigError("config.model.image_size is None: set it, because the birds are drawn at that size.")
         return config
 
     def to_dict(self) -> dict:
         """The fields as the user writes them, for JSON."""
         return _as_written(self)
 
-    def replace(self, **values: Any) -> "Config":
-        """With other values of some fields by name, where '__' stands for the dot: model__pool='cls'."""
-        return Config.read(flat(self.to_dict()) | {name.replace("__", "."): value for name, value in values.items()})
+    def replace(self, values: dict[str, Any]) -> "Config":
+        """With other values of some fields, by dotted name."""
+        return Config.read(flat(self.to_dict()) | values)
 
 
 def fields(section: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
@@ -203,7 +204,7 @@ def _checked(name: str, value: Any, field: dataclasses.Field) -> Any:
             return parsed
     except (TypeError, ValueError):
         pass
-    raise ConfigError(f"config.{name} is {value!r}: it must be {check.expected or 'of another type'}.")
+    raise ConfigError(f"config.{name} is {value!r}: it must be {check.expected}.")
 
 
 def _as_written(section: Any) -> dict:
@@ -224,6 +225,9 @@ FREE_ON_RESUME = re.compile(
 
 def differences(old: Config, new: Config) -> list[str]:
     """'field: old -> new' for each field that differs and that a resumed run may not change."""
-    old, new = flat(old.to_dict()), flat(new.to_dict())
-    changed = [name for name in sorted(new) if not FREE_ON_RESUME.fullmatch(name) and old[name] != new[name]]
-    return [f"{name}: {old[name]!r} -> {new[name]!r}" for name in changed]
+    changed = []
+    for name in (name for name, _ in fields() if not FREE_ON_RESUME.fullmatch(name)):
+        before, after = (operator.attrgetter(name)(config) for config in (old, new))
+        if before != after:
+            changed.append(f"{name}: {before} -> {after}")
+    return changed

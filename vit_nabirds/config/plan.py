@@ -35,14 +35,14 @@ class Plan:
                 f"config.profile asks for steps {traced.start}-{traced.stop - 1}, but the run has only {total}."
             )
         return cls(
-            steps_per_epoch,
-            total,
-            warmup,
-            config.evaluate.every.in_steps(steps_per_epoch),
-            every.in_steps(steps_per_epoch),
-            60 * float(every.amount) if every.unit == "minute" else None,
-            config.log_every,
-            traced,
+            steps_per_epoch=steps_per_epoch,
+            total_steps=total,
+            warmup_steps=warmup,
+            evaluate_every=config.evaluate.every.in_steps(steps_per_epoch),
+            save_every=every.in_steps(steps_per_epoch),
+            save_seconds=60 * float(every.amount) if every.unit == "minute" else None,
+            log_every=config.log_every,
+            traced=traced,
         )
 
     def epoch(self, step: int) -> float:
@@ -53,7 +53,7 @@ class Plan:
         return step > 0 and (step == self.total_steps or _ends_with(step, self.evaluate_every))
 
     def saves(self, step: int) -> bool:
-        """By the period in steps: the clock, and the last step, are the saver's."""
+        """Whether a period in steps ends here; the loop also saves by the clock and where it evaluates or stops."""
         return self.save_every is not None and _ends_with(step, self.save_every)
 
     def logs(self, step: int) -> bool:

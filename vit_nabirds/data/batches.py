@@ -65,7 +65,7 @@ def _test_block(photographs: Photographs, batch_size: int, shard: grain.sharding
 
 
 def _positions(step: int, batch_size: int, shard: grain.sharding.ShardOptions) -> np.ndarray:
-    """Where this host's block of a step starts and ends in the sequence of all global batches, as int (n,)."""
+    """The positions of this host's block of a step in the sequence of all global batches, as int (n,)."""
     share = batch_size // shard.shard_count
     return step * batch_size + shard.shard_index * share + np.arange(share)
 

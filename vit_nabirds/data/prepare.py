@@ -24,7 +24,7 @@ from vit_nabirds.data.images import JPEG, open_picture, to_rgb
 from vit_nabirds.data.pack import discard as discard_pack
 from vit_nabirds.data.pack import pack as pack_images
 from vit_nabirds.data.table import PREPARED
-from vit_nabirds.errors import UserError, remedy_of
+from vit_nabirds.errors import ConfigError, UserError, remedy_of
 from vit_nabirds.parallel.cpus import cpu_share
 
 # The columns that an image's pixels depend on: after a change of any other one, finished images stay valid.
@@ -49,11 +49,11 @@ def prepare(
     """
     archive, out, started = Path(archive), Path(out), time.perf_counter()
     if min(train_size, test_size) < 16:
-        raise UserError(f"train_size is {train_size}, test_size {test_size}: give at least 16 pixels.")
+        raise ConfigError(f"train_size is {train_size}, test_size {test_size}: give at least 16 pixels.")
     if not 0 <= margin <= 1:
-        raise UserError(f"margin is {margin}: give a share of the bounding box from 0 to 1, as 0.2.")
+        raise ConfigError(f"margin is {margin}: give a share of the bounding box from 0 to 1, as 0.2.")
     if pack and metadata_only:
-        raise UserError("--pack packs the images that --metadata_only leaves out: give one of them.")
+        raise ConfigError("--pack packs the images that --metadata_only leaves out: give one of them.")
     if out.resolve().is_relative_to((archive / "images").resolve()) or (out.exists() and not out.is_dir()):
         raise UserError(f"{out}: is a file, or in the archive's own images folder. Choose another --out.")
 

@@ -64,3 +64,12 @@ def fingerprint(root: Path, table: pl.DataFrame) -> str:
     """A hash of paths, labels, splits and the settings in prepared.json, independent of where the folder is."""
     rows = table.select("path", "species_name", pl.col("is_training_img").cast(pl.Int8)).sort("path")
     return hashlib.sha256((rows.write_csv() + read_prepared(root)).encode()).hexdigest()[:16]
+
+
+def species_differences(of_run: list[str], of_data: list[str]) -> str:
+    """How many species each has, and the first few that only one of them has."""
+    text = f"the run {len(of_run)}, the data {len(of_data)}"
+    for who, ours, theirs in (("run", of_run, of_data), ("data", of_data, of_run)):
+        if only := sorted(set(ours) - set(theirs)):
+            text += f"; only in the {who}: {', '.join(only[:5])}{', …' if len(only) > 5 else ''}"
+    return text

@@ -20,11 +20,13 @@ from pathlib import Path
 from vit_nabirds.errors import ConfigError, UserError, message_of
 
 NODE = os.environ.get("SLURMD_NODENAME", socket.gethostname())
-JOB = f"{os.environ.get('SLURM_JOB_ID', 'none')}.{os.environ.get('SLURM_STEP_ID', 'none')}"
 LOCAL_ID = os.environ.get("SLURM_LOCALID")  # process 1 and the first task of each node report what all find out
+SLURM_JOB = os.environ.get("SLURM_JOB_ID", "none")
+JOB = f"{SLURM_JOB}.{os.environ.get('SLURM_STEP_ID', 'none')}"
+SEE = "" if SLURM_JOB == "none" else f" See what srun says about it, or `sacct -j {SLURM_JOB}`."
 LOST = (
-    "process {} of {} on {} ended without a word: killed, or out of memory? See what srun says about it, or "
-    "`sacct -j JOB`. The same command goes on from the last checkpoint."
+    "process {} of {} on {} ended without a word: killed, or out of memory?" + SEE + " The same command goes on from "
+    "the last checkpoint."
 )
 DAY = 24 * 3600 * 1000  # milliseconds; a peer that fails meanwhile ends the wait
 
@@ -183,15 +185,15 @@ class ProcessGroup:
                 _write(connection, {"met": not missing})
         if missing:
             raise UserError(
-                f"of {self.num_processes} processes, {', '.join(missing)} did not reach process 0 on {NODE}, port "
-                f"{port}, within {timeout:.0f} s: look above for why they ended; give slow ones more time with "
+                f"process {', '.join(missing)} of {self.num_processes} did not reach process 0 on {NODE}, port {port}, "
+                f"within {timeout:.0f} s: look above for why they ended; give slow ones more time with "
                 "--start_timeout."
             )
         return peers
 
     def _report_to_first(self, host: str, port: int, timeout: float) -> socket.socket:
         """Other processes: the connection to process 0."""
-        deadline, problem = time.monotonic() + timeout, "it ended"
+        deadline, problem = time.monotonic() + timeout, None
         try:
             socket.getaddrinfo(host, port)
         except OSError:
@@ -206,8 +208,10 @@ class ProcessGroup:
                 _write(connection, {"job": JOB, "process": self.process_id, "node": NODE})
                 connection.settimeout(timeout + 5)
                 answer = _read(connection)
-            except (OSError, ValueError) as error:
+            except OSError as error:
                 problem = error
+            except ValueError:
+                problem = "it ended"
             if answer.get("met"):
                 return connection
             if answer:

@@ -88,7 +88,10 @@ def join(
     address = split_address(launch.coordinator, launch.num_processes, launch.process_id)
     group = ProcessGroup(launch.process_id, launch.num_processes)
     group.meet(*address, timeout)
-    _initialize_jax(launch, group)
+    try:
+        _initialize_jax(launch, group)
+    except Exception as error:
+        group.fail_with(error)
     return group
 
 
@@ -107,13 +110,13 @@ def _initialize_jax(launch: Launch, group: ProcessGroup) -> None:
         heartbeat_timeout_seconds=60,
     )
     absl = logging.getLogger("absl")
-    absl.handlers, absl.propagate = [_EndOfOrbax(group)], False
+    absl.handlers, absl.propagate = [_FailOnOrbaxError(group)], False
     absl.setLevel(logging.ERROR)
     atexit.register(group.leave)  # the last registered is the first to run: before JAX leaves
 
 
-class _EndOfOrbax(logging.Handler):
-    """Ends the job when a thread of Orbax logs its failure: the other processes would wait for it for long."""
+class _FailOnOrbaxError(logging.Handler):
+    """Ends the job when a thread of Orbax logs its failure: the other processes would wait a long time."""
 
     def __init__(self, group: ProcessGroup) -> None:
         super().__init__(logging.ERROR)

@@ -1,10 +1,13 @@
 """Locks on files, so that one process at a time trains in a workdir or packs a folder."""
 
 import fcntl
+import logging
 from pathlib import Path
 from typing import TextIO
 
 from vit_nabirds.errors import UserError
+
+log = logging.getLogger("vit_nabirds")
 
 
 def lock(file: Path, message: str) -> TextIO:
@@ -14,6 +17,6 @@ def lock(file: Path, message: str) -> TextIO:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(message) from None
-    except OSError:  # a file system without locks
-        pass
+    except OSError as error:  # a file system without locks
+        log.info("%s is not locked (%s): nothing keeps another process out", file, error.strerror)
     return opened

@@ -1,10 +1,12 @@
 """Requests to stop: SIGTERM from the cluster, Ctrl-C from the user."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from typing import Self
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request with everything saved; the same command goes on
@@ -21,7 +23,7 @@ class StopRequest:
     def __init__(self, speaks: bool = True) -> None:
         self.requested = False
         self.since = 0.0
-        self.busy_with = ""  # work that cannot be interrupted, for the answer
+        self._busy_with = ""
         self._speaks = speaks
 
     def __enter__(self) -> Self:
@@ -43,6 +45,13 @@ class StopRequest:
         self._thread.join()
         os.close(self._read)
 
+    @contextlib.contextmanager
+    def waits_for(self, work: str) -> Iterator[None]:
+        """Around work that cannot be interrupted: the answer to a signal names it."""
+        self._busy_with = work
+        yield
+        self._busy_with = ""
+
     def _listen(self) -> None:
         while number := os.read(self._read, 1):
             if number[0] not in SIGNALS:
@@ -59,5 +68,5 @@ class StopRequest:
             self.since = time.monotonic()
             self.requested = True
             if self._speaks:
-                when = f"after {self.busy_with}" if self.busy_with else "at the next safe point"
+                when = f"after {self._busy_with}" if self._busy_with else "at the next safe point"
                 os.write(2, f"stopping {when}; a second signal stops at once\n".encode())

@@ -73,7 +73,7 @@ class Checkpoints:
         options.array.saving.storage_options.chunk_byte_size = 2**26
         options.array.saving.array_metadata_store = None
         options.array.saving.use_replica_parallel = False  # it cuts up copies of the arrays on the devices
-        self._finish()
+        self.wait()
         with options:
             self._saving = self._orbax.save_checkpointables_async(
                 step, parts, custom_metadata=dataclasses.asdict(metadata) | {"format": FORMAT, "arrays": arrays}
@@ -106,14 +106,14 @@ class Checkpoints:
     def close(self) -> None:
         """Wait until the save under way is complete."""
         try:
-            self._finish()
+            self.wait()
         finally:
             self._orbax.close()
 
     def _custom_metadata(self, step: int) -> dict:
         return dict(self._orbax.checkpointables_metadata(step).custom_metadata)
 
-    def _finish(self) -> None:
+    def wait(self) -> None:
         """Wait for the save under way: only its result ends the thread and the event loop that Orbax gave it."""
         if self._saving:
             saving, self._saving = self._saving, None
@@ -149,18 +149,18 @@ def digest(parts: dict[str, Arrays]) -> dict[str, dict[str, Digest]]:
     on_host = all(device.platform == "cpu" for device in next(iter(parts["params"].values())).devices())
     sums = jax.device_get(jax.tree.map((lambda x: _sums(np.asarray(x))) if on_host else _sums_on_device, parts))
     return {
-        name: {path: Digest([int(x[0]), int(x[1])], not x[2]) for path, x in part.items()}
+        name: {path: Digest([int(x[0]), int(x[1])], bool(x[2])) for path, x in part.items()}
         for name, part in sums.items()
     }
 
 
 def _sums(x: np.ndarray | jax.Array) -> list:
-    """Sum and weighted sum of the bits, and whether a value is not finite; NumPy and JAX give the same."""
+    """Sum and weighted sum of the bits, and whether every value is finite; NumPy and JAX give the same."""
     xp = x.__array_namespace__()
     bits = x.ravel().view(f"uint{8 * x.dtype.itemsize}").astype("uint32")
     odd = 2 * xp.arange(bits.size, dtype="uint32") + 1
     with np.errstate(over="ignore", invalid="ignore"):  # the answer says so
-        return [xp.sum(bits, dtype="uint32"), xp.sum(bits * odd, dtype="uint32"), ~xp.isfinite(xp.sum(x))]
+        return [xp.sum(bits, dtype="uint32"), xp.sum(bits * odd, dtype="uint32"), xp.isfinite(xp.sum(x))]
 
 
 @jax.jit
@@ -192,7 +192,7 @@ def reading_error(folder: Path, error: BaseException | None) -> str | None:
     return None
 
 
-def newest(folder: Path) -> tuple[list[int], Metadata | None]:
+def existing(folder: Path) -> tuple[list[int], Metadata | None]:
     """Steps of the complete checkpoints and the metadata of the newest. Writes nothing."""
     if not folder.is_dir():
         return [], None

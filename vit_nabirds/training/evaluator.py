@@ -4,7 +4,6 @@ from vit_nabirds.evaluation.scoring import make_eval_step, score
 from vit_nabirds.parallel.preemption import StopRequest
 from vit_nabirds.runs.checkpoints import Checkpoints
 from vit_nabirds.runs.tracker import Tracker
-from vit_nabirds.training.reporter import Reporter
 from vit_nabirds.training.run import Run
 from vit_nabirds.training.state import TrainState
 
@@ -13,15 +12,9 @@ class Evaluator:
     """Scores states on the test photographs; the checkpoint of the best one is kept."""
 
     def __init__(
-        self,
-        run: Run,
-        tracker: Tracker,
-        reporter: Reporter,
-        checkpoints: Checkpoints,
-        stop: StopRequest,
-        is_writer: bool,
+        self, run: Run, tracker: Tracker, checkpoints: Checkpoints, stop: StopRequest, is_writer: bool
     ) -> None:
-        self._run, self._tracker, self._reporter, self._checkpoints = run, tracker, reporter, checkpoints
+        self._run, self._tracker, self._checkpoints = run, tracker, checkpoints
         self._stop, self._is_writer = stop, is_writer
         self._eval_step = make_eval_step(run.model, run.metadata.normalization)
 
@@ -42,5 +35,4 @@ class Evaluator:
             if self._is_writer:
                 selection.write()
             self._checkpoints.keep = selection.keep([*self._checkpoints.steps, step])
-        self._reporter.restart(step)
         return metrics is not None

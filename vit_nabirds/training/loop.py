@@ -24,20 +24,22 @@ def fit(
     tracer: Tracer,
     stop: StopRequest,
 ) -> int:
-    """Train from the run's start to its end, or to the step after which a stop was requested: the last step, saved."""
+    """Train from the run's start to its end, or until a stop is requested. Returns the last step, which is saved."""
     plan, mesh, step = run.plan, run.mesh, run.start
-    # A run that was stopped between a checkpoint and its evaluation owes the evaluation.
+    # A run that was stopped between a checkpoint and its evaluation owes the evaluation. False: stopped again.
     stopping = evaluator.is_behind(step) and not evaluator.run(step, state)
     if step < plan.total_steps and not stopping:
         batch = devices.to_devices(next(batches), mesh)  # the loader goes on while the step is compiled
-        train_step = reporter.compile(run, stop)
+        with stop.waits_for("the compilation"):
+            train_step = run.compile_step()
+        reporter.restart(step)
 
     while step < plan.total_steps and not stopping:
-        # The devices answer after the step before this one, so the host reads the answer without waiting for them.
-        votes = devices.any_process(mesh, stop.requested, saver.is_overdue())
-        with tracer.step(step + 1):
-            state, metrics = train_step(state, batch)
         step += 1
+        # Queued before the step, so that the answer is there when the host reads it.
+        votes = devices.any_process(mesh, stop.requested, saver.is_overdue())
+        with tracer.step(step):
+            state, metrics = train_step(state, batch)  # donates the old state
         if step < plan.total_steps:  # while the devices work on this step
             with reporter.waiting_for_input():
                 batch = devices.to_devices(next(batches), mesh)
@@ -45,13 +47,10 @@ def fit(
         tracer.end(step, metrics)
         stopping, overdue = np.asarray(votes)
 
-        if plan.saves(step) or plan.evaluates(step) or overdue:
+        if plan.saves(step) or plan.evaluates(step) or overdue or stopping:  # the last step is always evaluated
             reporter.flush()
             saver.save(step, state)
-            if plan.evaluates(step) and not stopping:
-                stopping = not evaluator.run(step, state)
-
-    reporter.flush()
-    if saver.saved_step != step:
-        saver.save(step, state)
+        if plan.evaluates(step) and not stopping:
+            stopping = not evaluator.run(step, state)
+            reporter.restart(step)
     return step

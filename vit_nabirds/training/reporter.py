@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import logging
 import math
 import time
 from collections.abc import Iterator
@@ -10,11 +9,8 @@ from collections.abc import Iterator
 import jax
 
 from vit_nabirds.errors import UserError
-from vit_nabirds.parallel.preemption import StopRequest
 from vit_nabirds.runs.tracker import Tracker
 from vit_nabirds.training.run import Run
-
-log = logging.getLogger("vit_nabirds")
 
 METRICS = ("train/loss", "train/accuracy", "train/learning_rate", "train/gradient_norm")
 DIVERGED = (
@@ -30,16 +26,6 @@ class Reporter:
         self._plan, self._batch_size, self._tracker = run.plan, run.config.batch_size, tracker
         self._unreported = collections.deque()
         self.restart(run.start)
-
-    def compile(self, run: Run, stop: StopRequest) -> jax.stages.Compiled:
-        """The compiled step. This takes seconds to minutes, during which a request to stop gets an answer only."""
-        started, stop.busy_with = time.monotonic(), "the compilation"
-        log.info("compiling the training step for %d device(s)", run.mesh.size)
-        compiled = run.compile_step()
-        stop.busy_with = ""
-        log.info("compiled in %.1f s", time.monotonic() - started)
-        self.restart(run.start)
-        return compiled
 
     @contextlib.contextmanager
     def waiting_for_input(self) -> Iterator[None]:

@@ -1,7 +1,9 @@
-"""A run before it starts: everything that can be wrong is checked, and nothing is written."""
+"""A run before it starts: everything that can be wrong is checked, and nothing is written into its workdir."""
 
 import dataclasses
-from collections.abc import Callable
+import logging
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grain
@@ -11,21 +13,23 @@ import optax
 import polars as pl
 
 from vit_nabirds.config import Config
-from vit_nabirds.config.fields import SHAPE, differences
+from vit_nabirds.config.fields import SHAPE, differences, flat
 from vit_nabirds.config.plan import Plan
 from vit_nabirds.data.batches import check_workers, train_batches
 from vit_nabirds.data.photographs import Photographs, check_labels, check_sizes, open_split
-from vit_nabirds.data.table import fingerprint, read_table, species_names
+from vit_nabirds.data.table import fingerprint, read_table, species_differences, species_names
 from vit_nabirds.errors import ConfigError, UserError
 from vit_nabirds.models.model import Model, describe
 from vit_nabirds.models.pretrained.checkpoint import Checkpoint, starting_point
 from vit_nabirds.parallel import devices
 from vit_nabirds.parallel.group import ProcessGroup
 from vit_nabirds.recipe.optimizer import make_optimizer, make_schedule, trainable_paths
-from vit_nabirds.runs.checkpoints import Checkpoints, Metadata, newest, placed
+from vit_nabirds.runs.checkpoints import Checkpoints, Metadata, existing, placed
 from vit_nabirds.runs.selection import Selection
 from vit_nabirds.training.state import TrainState
 from vit_nabirds.training.step import make_train_step
+
+log = logging.getLogger("vit_nabirds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +70,12 @@ class Run:
         return placed({"image": image, "label": number, "row": number}, devices.over_batch(self.mesh))
 
     def compile_step(self) -> jax.stages.Compiled:
-        """The compiled training step: (state, batch) -> (state, metrics)."""
-        return self.train_step.lower(self.state_shapes(), self.batch_shapes()).compile()
+        """The compiled training step: (state, batch) -> (state, metrics). Takes seconds to minutes."""
+        log.info("compiling the training step for %d device(s)", self.mesh.size)
+        started = time.monotonic()
+        compiled = self.train_step.lower(self.state_shapes(), self.batch_shapes()).compile()
+        log.info("compiled in %.1f s", time.monotonic() - started)
+        return compiled
 
     def first_state(self) -> TrainState:
         """Random parameters, in place of which come those that the pretrained checkpoint has."""
@@ -87,7 +95,7 @@ class Run:
         like = self.state_shapes()
         return like.with_parts(checkpoints.restore(self.start, like.parts()))
 
-    def batches(self):
+    def batches(self) -> Iterator[dict[str, np.ndarray]]:
         """This host's block of each global batch from the run's first step on: dicts of NumPy arrays."""
         shard = grain.sharding.ShardByJaxProcess(drop_remainder=True)
         config = self.config
@@ -95,7 +103,7 @@ class Run:
 
 
 def prepare_run(config: Config, workdir: Path, group: ProcessGroup) -> Run:
-    """Check everything and return the run. Writes nothing; UserError for what the user has to put right."""
+    """Check everything and return the run. Writes nothing into the workdir; UserError for a mistake of the user's."""
     check_workers(config.data.workers)
     devices.split_cpu(config.cpu_devices)
     mesh = devices.make_mesh()
@@ -111,19 +119,17 @@ def prepare_run(config: Config, workdir: Path, group: ProcessGroup) -> Run:
     plan = Plan.of(config, len(train_split))
 
     _check_workdir(workdir)
-    saved_steps, saved = newest(workdir / "checkpoints")
-    if saved:
-        architecture, normalization, pretrained = saved.architecture, saved.normalization, None
-    else:
-        if (workdir / "results.json").exists():
-            raise UserError(f"{workdir} holds the results of a run whose checkpoints are gone: use another --workdir.")
-        with group.writer_first("pretrained weights"):  # which it fetches from the Hub
+    saved_steps, saved = existing(workdir / "checkpoints")
+    with group.writer_first("pretrained weights"):  # which it may fetch from the Hub
+        if saved:
+            architecture, normalization, pretrained = saved.architecture, saved.normalization, None
+        else:
             architecture, normalization, pretrained = starting_point(config)
-    config = _resolved(config, architecture)
+    config = _resolved(config, architecture, saved)
     species = species_names(table)
     metadata = Metadata(config.to_dict(), architecture, species, normalization, fingerprint(root, table))
     if saved:
-        _check_same_run(saved, metadata, workdir)
+        _check_same_run(saved, metadata, config, workdir)
     for split in (train_split, test_split):
         check_labels(split, len(species))
     check_sizes(train_split, test_split, architecture["image_size"])
@@ -146,28 +152,33 @@ def prepare_run(config: Config, workdir: Path, group: ProcessGroup) -> Run:
     return run
 
 
-def _resolved(config: Config, architecture: dict) -> Config:
-    """With the model's shape filled in and an absolute data.root; ConfigError when it asks for another shape."""
-    for field in SHAPE:
-        if getattr(config.model, field) not in (None, architecture[field]):
-            raise ConfigError(
-                f"config.model.{field} is {getattr(config.model, field)}, but "
-                f"{config.model.pretrained or 'the checkpoint'} has {architecture[field]}: leave it out, or empty "
-                "config.model.pretrained for random weights."
-            )
-    shape = {f"model__{field}": architecture[field] for field in SHAPE} | {"model__pool": architecture["pool"]}
-    return config.replace(data__root=str(Path(config.data.root).resolve()), **shape)
+def _resolved(config: Config, architecture: dict, saved: Metadata | None) -> Config:
+    """With the model's shape filled in and an absolute data.root; ConfigError when a new run asks for another shape."""
+    values = {f"model.{field}": architecture[field] for field in (*SHAPE, "pool")}
+    given = {name: value for name, value in flat(config.to_dict()).items() if name in values and value is not None}
+    wrong = [name for name, value in given.items() if value != values[name]]
+    if wrong and not saved:  # a resumed run reports it among its differences
+        raise ConfigError(
+            f"config.{wrong[0]} is {given[wrong[0]]}, but {config.model.pretrained} has {values[wrong[0]]}: leave it "
+            "out, or empty config.model.pretrained for random weights."
+        )
+    if saved:  # the weights that the run started from
+        given["model.pretrained"] = saved.config["model"]["pretrained"]
+    return config.replace(values | given | {"data.root": str(Path(config.data.root).resolve())})
 
 
 def _check_workdir(workdir: Path) -> None:
-    for folder in (workdir, workdir / "checkpoints"):
+    checkpoints, results = workdir / "checkpoints", workdir / "results.json"
+    for folder in (workdir, checkpoints):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file, where a run needs a folder: use another --workdir.")
+    if results.exists() and not (checkpoints.exists() and any(checkpoints.iterdir())):
+        raise UserError(f"{workdir} holds the results of a run whose checkpoints are gone: use another --workdir.")
 
 
-def _check_same_run(saved: Metadata, metadata: Metadata, workdir: Path) -> None:
+def _check_same_run(saved: Metadata, metadata: Metadata, config: Config, workdir: Path) -> None:
     """UserError when the workdir holds another run: going on would mix the two."""
-    root = metadata.config["data"]["root"]
+    root = config.data.root
     if saved.species != metadata.species:
         raise UserError(
             f"{workdir} holds a run on other species than {root} has "
@@ -178,20 +189,11 @@ def _check_same_run(saved: Metadata, metadata: Metadata, workdir: Path) -> None:
             f"{workdir} holds a run on other records or images than {root} has (its metadata.parquet or prepared.json "
             "differs): use another --workdir, or the data of that run."
         )
-    if changed := differences(Config.read(saved.config), Config.read(metadata.config)):
+    if changed := differences(Config.read(saved.config), config):
         raise UserError(
             f"{workdir} holds a run with another configuration ({'; '.join(changed)}): use another --workdir, or take "
             "the change back to resume it."
         )
-
-
-def species_differences(of_run: list[str], of_data: list[str]) -> str:
-    """How many species each has, and the first few that only one of them has."""
-    text = f"the run {len(of_run)}, the data {len(of_data)}"
-    for who, ours, theirs in (("run", of_run, of_data), ("data", of_data, of_run)):
-        if only := sorted(set(ours) - set(theirs)):
-            text += f"; only in the {who}: {', '.join(only[:5])}{', …' if len(only) > 5 else ''}"
-    return text
 
 
 def _check_agreement(run: Run, group: ProcessGroup) -> None:

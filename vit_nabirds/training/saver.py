@@ -16,7 +16,6 @@ class Saver:
         self._metadata, self._checkpoints = run.metadata, checkpoints
         self._seconds = run.plan.save_seconds if is_writer else None  # one clock for all processes
         self._saved_at = time.monotonic()
-        self.saved_step = run.start if run.saved_steps else None
 
     def is_overdue(self) -> bool:
         """Whether the period of a configuration in minutes has passed."""
@@ -29,4 +28,4 @@ class Saver:
         if not all(found.is_finite for found in digests["params"].values()):
             raise UserError(f"the parameters after step {step} are not finite: {DIVERGED}")
         self._checkpoints.save(step, parts, digests, self._metadata)
-        self.saved_step, self._saved_at = step, time.monotonic()
+        self._saved_at = time.monotonic()

@@ -15,6 +15,7 @@ from vit_nabirds.config import Config
 from vit_nabirds.data.batches import train_block
 from vit_nabirds.data.prepare import prepare
 from vit_nabirds.data.synthetic import draw_archive
+from vit_nabirds.errors import ConfigError, UserError
 from vit_nabirds.parallel.group import ProcessGroup
 from vit_nabirds.parallel.locks import lock
 from vit_nabirds.parallel.preemption import EXIT_STOPPED, StopRequest
@@ -50,44 +51,57 @@ def train(config: Config, workdir: Path, group: ProcessGroup) -> int:
         # Everything is known to be right: from here on the run writes.
         workdir.mkdir(parents=True, exist_ok=True)
         if group.is_writer:
-            busy = f"another process trains in {workdir} right now: wait for its end, or use another --workdir."
-            stack.enter_context(lock(workdir / "lock", busy))
-            write_json(workdir / "config.json", run.metadata.config)
-            run.selection.write()
+            claim(run, stack)
         group.check_shared(workdir / "config.json")
         keep_compiled(workdir / "compiled", group.is_writer)
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir / "checkpoints")))
+        stack.push(group.end_if_several)  # or an error would wait for the other processes in the line above
         checkpoints.keep = run.selection.keep(checkpoints.steps)
-        state = state or run.restore(checkpoints)
+        if state is None:
+            state = run.restore(checkpoints)
         tracker = stack.enter_context(contextlib.closing(Tracker(workdir, run.plan, run.start, group.is_writer)))
         introduce(run, tracker, group)
 
         reporter = Reporter(run, tracker)
         saver = Saver(run, checkpoints, group.is_writer)
-        evaluator = Evaluator(run, tracker, reporter, checkpoints, stop, group.is_writer)
+        evaluator = Evaluator(run, tracker, checkpoints, stop, group.is_writer)
         tracer = stack.enter_context(contextlib.closing(make_tracer(run, group)))
         batches = stack.enter_context(contextlib.closing(run.batches()))
-        stack.push(group.end_if_several)
         step = fit(run, state, batches, reporter, saver, evaluator, tracer, stop)
+        checkpoints.wait()
 
-    if step < run.plan.total_steps or evaluator.is_behind(step):
-        when = f" {time.monotonic() - stop.since:.1f} s after the signal" if stop.requested else ""
-        total = run.plan.total_steps
-        log.info("stopped at step %d of %d, all saved%s: run the same command again to go on", step, total, when)
-        return EXIT_STOPPED
-    results = results_of(run.selection, checkpoints.keep, step)
-    if group.is_writer:
-        write_json(workdir / "results.json", results)
-    best, test = results["selected"], results["test"]
+        if step < run.plan.total_steps or evaluator.is_behind(step):
+            when = f" {time.monotonic() - stop.since:.1f} s after the signal" if stop.requested else ""
+            total = run.plan.total_steps
+            log.info("stopped at step %d of %d, all saved%s: run the same command again to resume", step, total, when)
+            return EXIT_STOPPED
+        results = results_of(run.selection, run.selection.best(checkpoints.steps), step)
+        if group.is_writer:
+            write_json(workdir / "results.json", results)
     log.info(
         "finished: accuracy %.4f on %d test photographs at step %d, the best checkpoint",
-        test["accuracy"], test["examples"], best["step"],
+        results["test"]["accuracy"], results["test"]["examples"], results["selected"]["step"],
     )  # fmt: skip
     return FINISHED
 
 
+def claim(run: Run, stack: contextlib.ExitStack) -> None:
+    """Lock the workdir until the stack ends, and write what does not wait for a step. UserError if another trains."""
+    busy = f"another process trains in {run.workdir} right now: wait for its end, or use another --workdir."
+    stack.enter_context(lock(run.workdir / "lock", busy))
+    steps = [int(folder.name) for folder in (run.workdir / "checkpoints").glob("*") if folder.name.isdecimal()]
+    if sorted(steps) != run.saved_steps:
+        raise UserError(f"another process has just trained in {run.workdir}: run the same command again.")
+    write_json(run.workdir / "config.json", run.metadata.config)
+    run.selection.write()
+
+
 def prepare_synthetic(root: Path, image_size: int) -> None:
     """Draw an archive of invented photographs and prepare it as `root`, unless that has been done."""
+    if root.is_dir() and any(root.iterdir()) and not (root / "archive").exists():
+        if (root / "metadata.parquet").exists():
+            return
+        raise ConfigError(f"config.data.root is {root}, which holds other files: birds are drawn into a new folder.")
     if not (root / "metadata.parquet").exists():
         log.info("drawing photographs of birds into %s", root)
         draw_archive(root / "archive", species=8, train=80, test=30)
@@ -127,12 +141,11 @@ def make_tracer(run: Run, group: ProcessGroup) -> Tracer:
     return Tracer(left, folder)
 
 
-def results_of(selection: Selection, checkpoints: list[int], last: int) -> dict:
+def results_of(selection: Selection, best: int, last: int) -> dict:
     """results.json of a finished training: the selected checkpoint, its scores, and those of the last one."""
-    selected = selection.best(checkpoints)
 
     def scores(step: int) -> dict[str, float]:
         return {name.removeprefix("test/"): value for name, value in selection.evaluations[step].items()}
 
-    best = {"step": selected, "metric": METRIC, "value": selection.evaluations[selected][METRIC]}
-    return {"selected": best, "test": scores(selected), "last": {"step": last, "test": scores(last)}}
+    selected = {"step": best, "metric": METRIC, "value": selection.evaluations[best][METRIC]}
+    return {"selected": selected, "test": scores(best), "last": {"step": last, "test": scores(last)}}
