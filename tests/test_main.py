@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -32,14 +33,18 @@ def wait_until(condition, process, seconds=120):
         time.sleep(0.05)
 
 
-def read_until(process, text) -> str:
-    """What the process writes up to the line with this text."""
-    output = ""
-    for line in process.stdout:
-        output += line
-        if text in line:
-            return output
-    raise AssertionError(f"ended without {text!r}:\n{output}")
+def read_until(process, text, seconds=60) -> str:
+    """What the process writes up to the line with this text; without one in time, it is killed and the test fails."""
+    timer, output = threading.Timer(seconds, process.kill), ""
+    timer.start()
+    try:
+        for line in process.stdout:
+            output += line
+            if text in line:
+                return output
+    finally:
+        timer.cancel()
+    raise AssertionError(f"no line with {text!r} in:\n{output}")
 
 
 def test_trace_is_the_same_on_one_two_and_four_devices(main, undisturbed, tmp_path):
@@ -85,7 +90,7 @@ def test_a_signal_in_the_compilation_is_answered_at_once(main, tmp_path):
     running = held(main, "compiling the training step")
     signalled = time.monotonic()
     running.send_signal(signal.SIGTERM)
-    read_until(running, "stopping after the compilation; a second signal stops at once")
+    read_until(running, "stopping after the compilation; a second signal stops at once", seconds=10)
     assert time.monotonic() - signalled < 2
     output, _ = running.communicate(timeout=120)
     assert running.returncode == 75 and "stopped at step 1 of 20, all saved" in output, output
