@@ -1,6 +1,7 @@
 """A run before it starts: everything that can be wrong is checked, and nothing is written into its workdir."""
 
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -77,18 +78,21 @@ class Run:
         log.info("compiled in %.1f s", time.monotonic() - started)
         return compiled
 
-    def first_state(self) -> TrainState:
-        """Random parameters, in place of which come those that the pretrained checkpoint has."""
-        loaded, sharding = {}, devices.replicated(self.mesh)
-        if self.pretrained:
-            place = lambda array: devices.replicate(array, self.mesh)  # noqa: E731
-            loaded = self.pretrained.load(self.model.architecture, self.metadata.species, place)
+    def pretrained_params(self) -> dict[str, jax.Array]:
+        """Those parameters by path that a new run does not draw at random; UserError if they are not finite."""
+        if self.pretrained is None:
+            return {}
+        place = functools.partial(devices.replicate, mesh=self.mesh)
+        return self.pretrained.load(self.model.architecture, self.metadata.species, place)
+
+    def first_state(self, pretrained_params: dict[str, jax.Array]) -> TrainState:
+        """The state of a new run before its first step."""
 
         def initial(loaded: dict[str, jax.Array]) -> TrainState:
             params = self.model.initial_params(self.config.seed) | loaded
             return TrainState.initial(params, self.tx, self.trainable)
 
-        return jax.jit(initial, out_shardings=sharding)(loaded)
+        return jax.jit(initial, out_shardings=devices.replicated(self.mesh))(pretrained_params)
 
     def restore(self, checkpoints: Checkpoints) -> TrainState:
         """The state of the newest checkpoint, on this run's devices."""

@@ -46,19 +46,25 @@ def train(config: Config, workdir: Path, group: ProcessGroup) -> int:
             with group.writer_first("drawing"):
                 prepare_synthetic(Path(config.data.root), config.model.image_size)
         run = prepare_run(config, workdir, group)
-        state = None if run.saved_steps else run.first_state()
+        loaded = run.pretrained_params()
 
         # Everything is known to be right: from here on the run writes.
         workdir.mkdir(parents=True, exist_ok=True)
         if group.is_writer:
-            claim(run, stack)
-        group.check_shared(workdir / "config.json")
-        keep_compiled(workdir / "compiled", group.is_writer)
+            busy = f"another process trains in {workdir} right now: wait for its end, or use another --workdir."
+            stack.enter_context(lock(workdir / "lock", busy))
+        group.check_shared(workdir / "lock")
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir / "checkpoints")))
         stack.push(group.end_if_several)  # or an error would wait for the other processes in the line above
+        if checkpoints.steps != run.saved_steps:
+            raise UserError(f"another process has just trained in {workdir}: run the same command again.")
+        if group.is_writer:
+            write_json(workdir / "config.json", run.metadata.config)
+            run.selection.write()
+        keep_compiled(workdir / "compiled", group.is_writer)
         checkpoints.keep = run.selection.keep(checkpoints.steps)
-        if state is None:
-            state = run.restore(checkpoints)
+        state = run.restore(checkpoints) if run.saved_steps else run.first_state(loaded)
+        del loaded
         tracker = stack.enter_context(contextlib.closing(Tracker(workdir, run.plan, run.start, group.is_writer)))
         introduce(run, tracker, group)
 
@@ -83,17 +89,6 @@ def train(config: Config, workdir: Path, group: ProcessGroup) -> int:
         results["test"]["accuracy"], results["test"]["examples"], results["selected"]["step"],
     )  # fmt: skip
     return FINISHED
-
-
-def claim(run: Run, stack: contextlib.ExitStack) -> None:
-    """Lock the workdir until the stack ends, and write what does not wait for a step. UserError if another trains."""
-    busy = f"another process trains in {run.workdir} right now: wait for its end, or use another --workdir."
-    stack.enter_context(lock(run.workdir / "lock", busy))
-    steps = [int(folder.name) for folder in (run.workdir / "checkpoints").glob("*") if folder.name.isdecimal()]
-    if sorted(steps) != run.saved_steps:
-        raise UserError(f"another process has just trained in {run.workdir}: run the same command again.")
-    write_json(run.workdir / "config.json", run.metadata.config)
-    run.selection.write()
 
 
 def prepare_synthetic(root: Path, image_size: int) -> None:
