@@ -55,7 +55,7 @@ def test_the_newest_and_the_best_checkpoints_are_kept_and_describe_themselves(un
 
 def test_parts_come_back_bit_by_bit_and_alone_where_they_are_wanted(undisturbed, tiny_config, tmp_path):
     run = prepared_run(tiny_config, undisturbed)
-    state = run.first_state()
+    state = run.first_state(run.pretrained_params())
     parts = state.parts()
     save(tmp_path, 3, parts)
     sharding = devices.replicated(run.mesh)
