@@ -210,6 +210,19 @@ def painted_archive(tmp_path_factory) -> Path:
     return folder
 
 
+HELD = """
+import os, signal, sys
+from vit_nabirds.data.prepare import prepare
+
+def interrupt(*_):
+    os.write(2, b"interrupted\\n")
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGINT, interrupt)  # a parent may have told it to ignore Ctrl-C
+prepare(*sys.argv[1:])
+"""
+
+
 @pytest.fixture
 def held_run(painted_archive, tmp_path):
     """A run on an archive whose photographs are pipes from the 21st on, and waits for what is written to them."""
@@ -218,8 +231,7 @@ def held_run(painted_archive, tmp_path):
     for pipe in pipes:
         pipe.unlink()
         os.mkfifo(pipe)
-    command = "import sys; from vit_nabirds.data.prepare import prepare; prepare(*sys.argv[1:])"
-    command = [sys.executable, "-c", command, archive, out]
+    command = [sys.executable, "-c", HELD, archive, out]
     options = dict(cwd=Path(__file__).parents[1], env=os.environ | {"SLURM_CPUS_PER_TASK": "1"}, text=True)
     with subprocess.Popen(command, stderr=subprocess.PIPE, **options) as process:
         while len(list(out.glob("cleaned_images/*/*.jpg"))) < 20:
@@ -253,8 +265,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_ctrl_c_finishes_only_the_photograph_in_hand(held_run, painted_archive):
     process, pipes, out = held_run
     process.send_signal(signal.SIGINT)
+    assert process.stderr.readline() == "interrupted\n"
     written = 0
-    while process.poll() is None:  # a slow machine may begin more than one before Python raises KeyboardInterrupt
+    while process.poll() is None and written < len(pipes):
         time.sleep(0.2)
         with contextlib.suppress(OSError):  # nobody reads from the pipe now
             pipe = os.open(pipes[written], os.O_WRONLY | os.O_NONBLOCK)
