@@ -97,6 +97,23 @@ def test_a_signal_in_the_compilation_is_answered_at_once(main, tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "1").is_dir()
 
 
+def test_a_stop_is_saved_when_nobody_reads_the_output(main, tmp_path):
+    """Ctrl-C ends `tee` in `main.py 2>&1 | tee log` too."""
+    running = main(*main.tiny, "--workdir=run", "--config.epochs=2000", start_only=True)
+    read_until(running, "step 3/")
+    running.stdout.close()
+    running.send_signal(signal.SIGINT)
+    assert running.wait(timeout=120) == 75
+    assert len(list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))) > 0
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "| true"])
+def test_help_goes_nowhere_without_a_traceback(closed):
+    command = f"{shlex.quote(sys.executable)} {REPOSITORY / 'main.py'} help {closed}"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+
+
 def test_a_second_signal_ends_it_at_once(main):
     running = held(main, "compiling the training step")
     running.send_signal(signal.SIGTERM)

@@ -11,6 +11,7 @@ from tiny_runs import FINISHED, STOPPED, arrays_of, at, crash, losses, steps_of,
 from vit_nabirds.commands.evaluate import evaluate
 from vit_nabirds.errors import UserError
 from vit_nabirds.parallel.locks import lock
+from vit_nabirds.runs.files import crc32_of
 from vit_nabirds.runs.metrics import read_evaluations
 from vit_nabirds.runs.selection import Selection
 
@@ -97,13 +98,31 @@ def unfinished(undisturbed, tmp_path):
     return run
 
 
-def test_a_run_of_an_earlier_version_without_a_field_goes_on(undisturbed, tiny_config, tmp_path):
-    run = unfinished(undisturbed, tmp_path)
-    file = run / "checkpoints" / "15" / "_CHECKPOINT_METADATA"
+def rewrite_metadata(step_folder, change):
+    """Change the metadata of a checkpoint as another version of the program would have written it."""
+    file = step_folder / "_CHECKPOINT_METADATA"
     content = json.loads(file.read_text())
-    del content["custom_metadata"]["config"]["remat"]
-    del content["custom_metadata"]["config"]["optimizer"]["clip_norm"]
+    fields = content["custom_metadata"]
+    fields.pop("crc32", None)
+    change(fields)
+    content["custom_metadata"] = fields | ({"crc32": crc32_of(fields)} if "format" in fields else {})
     file.write_text(json.dumps(content))
+
+
+def test_a_run_of_an_earlier_version_without_some_fields_goes_on(undisturbed, tiny_config, tmp_path):
+    run = unfinished(undisturbed, tmp_path)
+
+    def shorten(fields):
+        for section, field in (
+            (None, "remat"),
+            ("optimizer", "clip_norm"),
+            ("model", "pretrained"),
+            (None, "trainable"),
+        ):
+            del (fields["config"][section] if section else fields["config"])[field]
+
+    rewrite_metadata(run / "checkpoints" / "15", shorten)
+    assert evaluate(run, 15) == 0
     tiny_config.batch_size = 4
     with pytest.raises(UserError, match=r"another configuration \(batch_size: 8 -> 4\)"):
         train(tiny_config, run)
@@ -115,17 +134,26 @@ def test_a_run_of_an_earlier_version_without_a_field_goes_on(undisturbed, tiny_c
     assert losses(run) == losses(undisturbed)
 
 
-def test_a_checkpoint_of_another_format_is_refused(undisturbed, tiny_config, tmp_path):
+@pytest.mark.parametrize("other", [1, 3, None])
+def test_a_checkpoint_of_another_format_is_refused(undisturbed, tiny_config, tmp_path, other):
+    """The first format had no number."""
+    run = unfinished(undisturbed, tmp_path)
+    rewrite_metadata(run / "checkpoints" / "15", lambda fields: fields.update(format=other))
+    if other is None:
+        rewrite_metadata(run / "checkpoints" / "15", lambda fields: fields.pop("format"))
+    with pytest.raises(UserError, match="checkpoints/15 was written by another version of this program"):
+        train(tiny_config, run)
+
+
+@pytest.mark.parametrize("was, becomes", [("0.5", "0.7"), ('"arrays"', '"arrayr"'), ('"format"', '"formau"')])
+def test_a_changed_bit_in_the_metadata_is_damage(undisturbed, tiny_config, tmp_path, was, becomes):
     run = unfinished(undisturbed, tmp_path)
     file = run / "checkpoints" / "15" / "_CHECKPOINT_METADATA"
-    content = json.loads(file.read_text())
-    for other in (1, None):  # the first format had no number
-        content["custom_metadata"]["format"] = other
-        if other is None:
-            del content["custom_metadata"]["format"]
-        file.write_text(json.dumps(content))
-        with pytest.raises(UserError, match="checkpoints/15 was written by another version of this program"):
-            train(tiny_config, run)
+    assert was in file.read_text()
+    file.write_text(file.read_text().replace(was, becomes, 1))
+    for use in (lambda: train(tiny_config, run), lambda: evaluate(run, 15)):
+        with pytest.raises(UserError, match="checkpoints/15 is damaged"):
+            use()
 
 
 def test_another_configuration_in_the_same_workdir_is_refused(undisturbed, tiny_config):
@@ -190,7 +218,7 @@ def test_damage_in_a_workdir_is_reported(undisturbed, tiny_config, tmp_path):
     shutil.rmtree(run / "checkpoints" / "20")
     with (run / "metrics.jsonl").open("a") as metrics:
         metrics.write("half a li\n")
-    with pytest.raises(UserError, match=r"metrics.jsonl, line \d+ is not JSON"):
+    with pytest.raises(UserError, match=r"metrics.jsonl, line \d+ is not JSON with a step"):
         train(tiny_config, run)
     (run / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json is damaged"):

@@ -6,13 +6,14 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 
 from absl import flags
 from absl import logging as absl_logging
 
-from vit_nabirds.errors import ConfigError, UserError
+from vit_nabirds.errors import ConfigError, UserError, say
 from vit_nabirds.parallel import launchers
 from vit_nabirds.parallel.group import ProcessGroup
 from vit_nabirds.parallel.preemption import EXIT_STOPPED, SIGNALS
@@ -33,7 +34,7 @@ KINDS = {
     str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_boolean,
     list: flags.DEFINE_multi_string,
 }  # fmt: skip
-STOPPED = b"stopped: run the same command again to go on\n"
+STOPPED = "stopped: run the same command again to go on"
 HELP = {"--help", "-help", "-h"}
 
 
@@ -41,7 +42,12 @@ def console() -> None:
     """The program. SIGTERM or Ctrl-C before the work begins stops it at once: nothing is lost."""
     for number in SIGNALS:
         signal.signal(number, _stop_at_once)
+    for name in ("stdin", "stdout", "stderr"):  # some daemons start programs with closed ones
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w"))
     code = main(sys.argv[1:])
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # all is done
     try:
         sys.stdout.flush()
     except BrokenPipeError:  # `help | head -1`: nobody reads on
@@ -78,6 +84,8 @@ def main(argv: list[str]) -> int:
             for number in SIGNALS:
                 signal.signal(number, _stop_and_clean_up)
         return command.run(options, group)
+    except BrokenPipeError:  # nobody reads what a command prints
+        return 0
     except Exception as error:
         return group.fail_with(error)
 
@@ -95,8 +103,9 @@ def parse(name: str, command: ModuleType, argv: list[str]) -> flags.FlagValues:
             values.config.lock()  # raises what went wrong when the file was loaded
     except flags.UnrecognizedFlagError as error:
         field = as_field(error.flagname) if "config" in values else None
-        hint = f"; did you mean --config.{field}?" if field else ""
-        raise ConfigError(str(error).splitlines()[0] + hint) from None
+        if field:
+            raise ConfigError(f"there is no flag --{error.flagname}; did you mean --config.{field}?") from None
+        raise ConfigError(str(error).splitlines()[0]) from None
     except UserError:
         raise
     except Exception as error:  # of a flag, or anything that the user's configuration file may raise
@@ -137,6 +146,8 @@ def log_to_stderr() -> None:
     log.setLevel(logging.INFO)
     log.propagate = False
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs every step it takes, and raises its errors too
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it lists each read that another one's failure ended
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
 def overview() -> str:
@@ -174,10 +185,10 @@ def _show(text: str) -> int:
 
 
 def _stop_at_once(*_: object) -> None:
-    os.write(2, STOPPED)
+    say(STOPPED)
     os._exit(EXIT_STOPPED)
 
 
 def _stop_and_clean_up(*_: object) -> None:
-    os.write(2, STOPPED)
+    say(STOPPED)
     sys.exit(EXIT_STOPPED)

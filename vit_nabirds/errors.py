@@ -1,6 +1,8 @@
-"""Errors that only the user can put right, and what to say of others."""
+"""Errors that only the user can put right, what to say of others, and how to say it whatever happens."""
 
+import contextlib
 import errno
+import os
 
 
 class UserError(Exception):
@@ -19,9 +21,8 @@ class ConfigError(UserError):
 
 
 _FULL = ("No space left on device", "Disk quota exceeded", "File too large")
-_STORAGE = {
-    getattr(errno, f"E{name}") for name in "ACCES DQUOT EXIST IO ISDIR NOENT NOSPC NOTDIR PERM ROFS STALE".split()
-}
+_STORAGE_ERRORS = "ACCES DQUOT EXIST IO ISDIR LOOP NAMETOOLONG NOENT NOSPC NOTDIR PERM ROFS STALE"
+_STORAGE = {getattr(errno, f"E{name}") for name in _STORAGE_ERRORS.split()}
 
 
 def remedy_of(error: OSError) -> str:
@@ -38,3 +39,9 @@ def message_of(error: BaseException) -> str | None:
     if full := [text for text in _FULL if text in str(error)]:  # from any library that writes
         return f"{full[0]}: make room, and run the same command again to go on from the last checkpoint. ({error})"
     return str(error) if isinstance(error, OSError) and error.errno in _STORAGE else None
+
+
+def say(line: str) -> None:
+    """Write a line to stderr, from any thread or signal handler. A reader that has gone must not stop the work."""
+    with contextlib.suppress(OSError):
+        os.write(2, line.encode(errors="surrogateescape") + b"\n")

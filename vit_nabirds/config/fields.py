@@ -1,6 +1,7 @@
 """Every field of a run's configuration: its default, its meaning and the check of its value."""
 
 import dataclasses
+import functools
 import math
 import operator
 import re
@@ -23,6 +24,8 @@ class Check(NamedTuple):
 
 
 POSITIVE = Check(lambda x: 0 < x < math.inf, "positive")
+COUNT = Check(lambda x: 0 < x <= 10_000, "between 1 and 10,000")
+SIZE = Check(lambda x: 0 < x <= 1_000_000, "between 1 and 1,000,000")
 NOT_NEGATIVE = Check(lambda x: 0 <= x < math.inf, "0 or more")
 SHARE = Check(lambda x: 0 <= x < 1, "at least 0 and less than 1")
 SEED = Check(lambda x: 0 <= x < 2**32, "between 0 and 2^32 - 1")
@@ -68,12 +71,12 @@ class Model:
         None, "what the head sees: 'cls', or 'cls+mean' with the patches' mean (default: as the checkpoint has it)",
         one_of("cls", "cls+mean"), str,
     )  # fmt: skip
-    image_size: int | None = _field(None, "pixels; positions are resized if the checkpoint has others", POSITIVE, int)
-    patch_size: int | None = _field(None, "of a model with random weights, as all fields below", POSITIVE, int)
-    hidden_size: int | None = _field(None, "width of a token", POSITIVE, int)
-    num_layers: int | None = _field(None, "transformer blocks", POSITIVE, int)
-    num_heads: int | None = _field(None, "attention heads of a block", POSITIVE, int)
-    mlp_dim: int | None = _field(None, "width of a block's MLP", POSITIVE, int)
+    image_size: int | None = _field(None, "pixels; positions are resized if the checkpoint has others", SIZE, int)
+    patch_size: int | None = _field(None, "of a model with random weights, as all fields below", SIZE, int)
+    hidden_size: int | None = _field(None, "width of a token", SIZE, int)
+    num_layers: int | None = _field(None, "transformer blocks", COUNT, int)
+    num_heads: int | None = _field(None, "attention heads of a block", COUNT, int)
+    mlp_dim: int | None = _field(None, "width of a block's MLP", SIZE, int)
 
 
 SHAPE = ("image_size", "patch_size", "hidden_size", "num_layers", "num_heads", "mlp_dim")  # fields of Model
@@ -114,7 +117,7 @@ class Config:
         "float32", "'float32' or 'bfloat16'; parameters stay float32", one_of("float32", "bfloat16")
     )
     trainable: str = _field(".*", "regular expression in parameter paths; 'classifier' trains the head alone", PATTERN)
-    cpu_devices: int = _field(1, "without an accelerator, split the CPU into this many devices", POSITIVE)
+    cpu_devices: int = _field(1, "without an accelerator, split the CPU into this many devices", COUNT)
     data: Data = dataclasses.field(default_factory=Data)
     model: Model = dataclasses.field(default_factory=Model)
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
@@ -181,6 +184,15 @@ def flat(tree: Mapping, prefix: str = "") -> dict:
     for key, value in tree.items():
         leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return leaves
+
+
+def with_defaults(stored: Mapping) -> dict:
+    """A stored configuration with the default of each field that it lacks: an earlier version had fewer."""
+    complete = default().to_dict()
+    for name, value in flat(stored).items():
+        *sections, last = name.split(".")
+        functools.reduce(lambda tree, key: tree.setdefault(key, {}), sections, complete)[last] = value
+    return complete
 
 
 def _section(section: type, given: dict, prefix: str = "") -> Any:

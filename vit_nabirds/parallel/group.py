@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from vit_nabirds.errors import ConfigError, UserError, message_of
+from vit_nabirds.errors import ConfigError, UserError, message_of, say
 
 NODE = os.environ.get("SLURMD_NODENAME", socket.gethostname())
 LOCAL_ID = os.environ.get("SLURM_LOCALID")  # process 1 and the first task of each node report what all find out
@@ -177,8 +177,9 @@ class ProcessGroup:
                     connection, _ = server.accept()
                     connection.settimeout(5)
                     hello = _read(connection)
-                    if hello["job"] == JOB and 0 < hello["process"] < self.num_processes:
-                        peers[hello["process"]] = connection, hello["node"]
+                    number, node = hello["process"], hello["node"]
+                    if hello["job"] == JOB and type(number) is int and 0 < number < self.num_processes:
+                        peers[number] = connection, str(node)
         missing = [str(number) for number in range(1, self.num_processes) if number not in peers]
         for connection, _ in peers.values():
             with contextlib.suppress(OSError):
@@ -248,9 +249,9 @@ def _write(connection: socket.socket, words: dict) -> None:
 
 
 def _read(connection: socket.socket) -> dict:
-    """The next line, at most 500 bytes, and not a byte more: what follows is `_listen`'s."""
-    line = b""
-    while not line.endswith(b"\n") and len(line) < 500:
+    """The next line, at most 500 bytes in the connection's timeout, and not a byte more: the rest is `_listen`'s."""
+    line, deadline = b"", time.monotonic() + connection.gettimeout()
+    while not line.endswith(b"\n") and len(line) < 500 and time.monotonic() < deadline:
         if not (byte := connection.recv(1)):
             break
         line += byte
@@ -259,8 +260,9 @@ def _read(connection: socket.socket) -> dict:
 
 def _show(message: str | None) -> None:
     if message:
-        sys.stderr.flush()
-        os.write(2, f"error: {message}\n".encode())
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+        say(f"error: {message}")
 
 
 def _exit(code: int) -> None:

@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 from typing import Self
 
+from vit_nabirds.errors import say
+
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request with everything saved; the same command goes on
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -17,7 +19,8 @@ class StopRequest:
     """While entered, SIGTERM or Ctrl-C sets `requested`, and the work ends at the next safe point.
 
     A second signal, more than a second later (srun and the terminal may send the first one twice), kills the process at
-    once; the last complete checkpoint stays. `speaks`: this process answers the user, at once, with a line.
+    once; the last complete checkpoint stays. `speaks`: this process answers the user, at once, with a line. Outside the
+    main thread, where Python takes no signals, nothing is requested.
     """
 
     def __init__(self, speaks: bool = True) -> None:
@@ -27,6 +30,9 @@ class StopRequest:
         self._speaks = speaks
 
     def __enter__(self) -> Self:
+        self._takes_signals = threading.current_thread() is threading.main_thread()
+        if not self._takes_signals:
+            return self
         # A thread reads the signals from a pipe: the main one may be deep in a compilation or a collective. The handler
         # is for signals that an event loop of a library takes from the pipe meanwhile.
         self._read, self._write = os.pipe()
@@ -38,6 +44,8 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if not self._takes_signals:
+            return
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._previous_pipe)
@@ -57,7 +65,7 @@ class StopRequest:
             if number[0] not in SIGNALS:
                 continue
             if self.requested and time.monotonic() - self.since > 1:
-                os.write(2, b"stopped at once: the same command goes on from the last complete checkpoint\n")
+                say("stopped at once: the same command goes on from the last complete checkpoint")
                 for worker in multiprocessing.active_children():
                     worker.kill()
                 os.kill(os.getpid(), signal.SIGKILL)  # no exit code: Slurm takes such a job back into the queue
@@ -69,4 +77,4 @@ class StopRequest:
             self.requested = True
             if self._speaks:
                 when = f"after {self._busy_with}" if self._busy_with else "at the next safe point"
-                os.write(2, f"stopping {when}; a second signal stops at once\n".encode())
+                say(f"stopping {when}; a second signal stops at once")

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import json
 import os
 import re
 from collections.abc import Collection
@@ -14,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from vit_nabirds.config.fields import with_defaults
 from vit_nabirds.errors import UserError
 from vit_nabirds.models.normalization import Normalization
+from vit_nabirds.runs.files import crc32_of
 
 FORMAT = 2  # of the metadata below and of the trees
 Arrays = dict[str, jax.Array]  # by path, like 'encoder/layers/0/norm1/scale'
@@ -35,7 +38,7 @@ class Metadata:
     def from_json(cls, fields: dict) -> Self:
         normalization = Normalization(*(tuple(values) for values in fields["normalization"].values()))
         fields = {field.name: fields[field.name] for field in dataclasses.fields(cls)}
-        return cls(**fields | {"normalization": normalization})
+        return cls(**fields | {"config": with_defaults(fields["config"]), "normalization": normalization})
 
 
 class Checkpoints:
@@ -74,17 +77,15 @@ class Checkpoints:
         options.array.saving.array_metadata_store = None
         options.array.saving.use_replica_parallel = False  # it cuts up copies of the arrays on the devices
         self.wait()
+        fields = json.loads(json.dumps(dataclasses.asdict(metadata) | {"format": FORMAT, "arrays": arrays}))
         with options:
             self._saving = self._orbax.save_checkpointables_async(
-                step, parts, custom_metadata=dataclasses.asdict(metadata) | {"format": FORMAT, "arrays": arrays}
+                step, parts, custom_metadata=fields | {"crc32": crc32_of(fields)}
             )
 
     def metadata(self, step: int) -> Metadata:
         try:
-            fields = self._custom_metadata(step)
-            if "config" in fields and fields.get("format", 1) != FORMAT:
-                raise self._of_another_version(step)
-            return Metadata.from_json(fields)
+            return Metadata.from_json(self._custom_metadata(step))
         except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
             raise self._unusable(step, error) from error
 
@@ -111,7 +112,15 @@ class Checkpoints:
             self._orbax.close()
 
     def _custom_metadata(self, step: int) -> dict:
-        return dict(self._orbax.checkpointables_metadata(step).custom_metadata)
+        """What `save` stored beside the arrays; UserError if it is damaged or of another version."""
+        fields = dict(self._orbax.checkpointables_metadata(step).custom_metadata)
+        if "fingerprint" in fields and "crc32" not in fields and "format" not in fields:
+            raise self._of_another_version(step)
+        if fields.pop("crc32") != crc32_of(fields):
+            raise ValueError("the metadata's checksum is wrong")
+        if fields["format"] != FORMAT:
+            raise self._of_another_version(step)
+        return fields
 
     def wait(self) -> None:
         """Wait for the save under way: only its result ends the thread and the event loop that Orbax gave it."""

@@ -1,6 +1,7 @@
-"""Small files of a run, written whole or not at all."""
+"""Small files of a run, written whole or not at all, and checksums of what is in them."""
 
 import json
+import zlib
 from pathlib import Path
 
 
@@ -8,3 +9,8 @@ def write_json(file: Path, value: dict) -> None:
     partial = file.with_name(file.name + ".partial")
     partial.write_text(json.dumps(value, indent=2) + "\n")
     partial.replace(file)
+
+
+def crc32_of(content: dict) -> int:
+    """Of a JSON object, whatever the order of its keys."""
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())

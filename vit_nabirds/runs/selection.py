@@ -3,10 +3,9 @@
 import dataclasses
 import json
 import logging
-import zlib
 from pathlib import Path
 
-from vit_nabirds.runs.files import write_json
+from vit_nabirds.runs.files import crc32_of, write_json
 
 log = logging.getLogger("vit_nabirds")
 
@@ -27,7 +26,7 @@ class Selection:
         file = workdir / "selection.json"
         try:
             content = json.loads(file.read_text())
-            if content.pop("crc32") != _crc32(content):
+            if content.pop("crc32") != crc32_of(content):
                 raise ValueError("wrong checksum")
             evaluations = {int(step): metrics for step, metrics in content["evaluations"].items()}
             return cls(file, evaluations, [step for step in content["unknown"] if step in checkpoints])
@@ -57,8 +56,4 @@ class Selection:
     def write(self) -> None:
         content = {"metric": METRIC, "evaluations": self.evaluations, "unknown": self.unknown}
         content = json.loads(json.dumps(content))  # steps become text
-        write_json(self.file, content | {"crc32": _crc32(content)})
-
-
-def _crc32(content: dict) -> int:
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+        write_json(self.file, content | {"crc32": crc32_of(content)})

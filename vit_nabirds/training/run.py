@@ -193,7 +193,7 @@ def _check_same_run(saved: Metadata, metadata: Metadata, config: Config, workdir
             f"{workdir} holds a run on other records or images than {root} has (its metadata.parquet or prepared.json "
             "differs): use another --workdir, or the data of that run."
         )
-    if changed := differences(Config.read(saved.config), config):
+    if changed := differences(Config.read(flat(saved.config) | {"data.root": root}), config):
         raise UserError(
             f"{workdir} holds a run with another configuration ({'; '.join(changed)}): use another --workdir, or take "
             "the change back to resume it."
