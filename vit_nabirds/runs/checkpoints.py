@@ -76,6 +76,7 @@ class Checkpoints:
         options.array.saving.storage_options.chunk_byte_size = 2**26
         options.array.saving.array_metadata_store = None
         options.array.saving.use_replica_parallel = False  # it cuts up copies of the arrays on the devices
+        options.array.saving.use_zarr3 = False  # a third slower to read, for checksums of its own
         self.wait()
         fields = json.loads(json.dumps(dataclasses.asdict(metadata) | {"format": FORMAT, "arrays": arrays}))
         with options:
