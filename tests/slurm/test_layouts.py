@@ -45,20 +45,22 @@ def test_two_tasks_train_as_one_process_with_two_devices(slurm, one_process, pre
     assert read_evaluations(tmp_path / "metrics.jsonl")[60]["test/examples"] == 15
 
 
-def test_a_run_moves_over_one_two_four_and_one_processes(slurm, one_process, prepared, tmp_path):
-    """Preempted on each layout; the 15 test images divide by none of them."""
+def test_a_run_moves_from_2x2_to_1x4_4x1_and_1x1_processes_and_devices(slurm, one_process, prepared, tmp_path):
+    """Preempted on each layout but the last; the 15 test images divide by none of them."""
     workdir, log = tmp_path / "run", tmp_path / "log"
-    for nodes, tasks, preempted in [(1, 1, True), (2, 1, True), (2, 2, True), (1, 1, False)]:
+    for nodes, tasks, devices, preempted in [(2, 1, 2, True), (1, 1, 4, True), (2, 2, 1, True), (1, 1, 1, False)]:
         before = last_step(workdir)
         resources = [f"--nodes={nodes}", f"--ntasks-per-node={tasks}", "--cpus-per-task=1", "--no-requeue"]
         training = [*arguments(prepared, workdir), "--config.checkpoint.every=2 steps"]
+        training.append(f"--config.cpu_devices={devices}")
         job = slurm.submit("launch/train.sbatch", *resources, f"--output={log}", "--", *training)
         if preempted:
             wait_until(lambda: last_step(workdir) > before + 5, 120, job.log)  # noqa: B023
             slurm.run("scancel", "--signal=TERM", job.number)
         job.wait(120)
     assert job["JobState"] == "COMPLETED", job.log()
-    assert [f"of {n} process(es)" in job.log() for n in (1, 2, 4)] == [True] * 3
+    layouts = ["4 cpu device(s) of 2 ", "4 cpu device(s) of 1 ", "4 cpu device(s) of 4 ", "1 cpu device(s) of 1 "]
+    assert [job.log().count(layout) for layout in layouts] == [1] * 4
     assert job.log().count("s after the signal") == 3
     assert_same(trace(workdir), trace(one_process))
     evaluations = read_evaluations(workdir / "metrics.jsonl")
