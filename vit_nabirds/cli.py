@@ -48,10 +48,11 @@ def console() -> None:
     code = main(sys.argv[1:])
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # all is done
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:  # `help | head -1`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:  # `help | head -1`: nobody reads on, and Python would fail at its own last flush
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
 
 
