@@ -33,7 +33,7 @@ def run(
         processes[name] = subprocess.Popen(
             command, cwd=ROOT, env=os.environ | malloc, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
-        if rounds > 1:  # one after the other, for the time to the first step is measured too
+        if rounds > 1:  # one after the other: the time to the first step is measured too
             starts[name] = _answer(processes[name])
     for name, process in list(processes.items()):
         ready = starts[name] if name in starts else _answer(process)

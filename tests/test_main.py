@@ -114,6 +114,17 @@ def test_help_goes_nowhere_without_a_traceback(closed):
     assert done.returncode == 0 and "Traceback" not in done.stderr
 
 
+def test_a_command_that_loses_its_reader_reports_no_success(tmp_path):
+    """The pack would come after the lines that nobody reads."""
+    draw_archive(tmp_path / "archive", species=2, train=2, test=1, size=(40, 60))
+    command = f"{shlex.quote(sys.executable)} {REPOSITORY / 'main.py'} prepare --archive=archive --out=out --pack"
+    done = subprocess.run(
+        ["bash", "-c", f"{command} | true; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert (done.returncode == 0) == (tmp_path / "out" / "packed" / "index.parquet").exists()
+    assert "Traceback" not in done.stderr
+
+
 def test_a_second_signal_ends_it_at_once(main):
     running = held(main, "compiling the training step")
     running.send_signal(signal.SIGTERM)

@@ -85,8 +85,6 @@ def main(argv: list[str]) -> int:
             for number in SIGNALS:
                 signal.signal(number, _stop_and_clean_up)
         return command.run(options, group)
-    except BrokenPipeError:  # nobody reads what a command prints
-        return 0
     except Exception as error:
         return group.fail_with(error)
 

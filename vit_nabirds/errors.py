@@ -36,6 +36,8 @@ def message_of(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("vit_nabirds"):
         return f"the package {error.name!r} is not installed in this Python environment: see BUILD.md"
+    if isinstance(error, BrokenPipeError):  # no success: what was to follow has not been done
+        return f"nobody reads the output any more, or another process of this program has ended ({error})"
     if full := [text for text in _FULL if text in str(error)]:  # from any library that writes
         return f"{full[0]}: make room, and run the same command again to go on from the last checkpoint. ({error})"
     return str(error) if isinstance(error, OSError) and error.errno in _STORAGE else None

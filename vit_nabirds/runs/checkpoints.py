@@ -65,7 +65,7 @@ class Checkpoints:
         """Steps of the complete checkpoints, ascending."""
         return [checkpoint.step for checkpoint in self._orbax.checkpoints]
 
-    def save(self, step: int, parts: dict[str, Arrays], digests: dict[str, "Digest"], metadata: Metadata) -> None:
+    def save(self, step: int, parts: dict[str, Arrays], digests: "Digests", metadata: Metadata) -> None:
         """Copy the arrays of {part: arrays by path} off the devices and return; the rest happens in the background."""
         arrays = {
             name: {path: _described(array, digests[name][path]) for path, array in part.items()}
@@ -85,14 +85,11 @@ class Checkpoints:
             )
 
     def metadata(self, step: int) -> Metadata:
-        try:
-            return Metadata.from_json(self._custom_metadata(step))
-        except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-            raise self._unusable(step, error) from error
+        return Metadata.from_json(self._stored(step))
 
     def restore(self, step: int, like: dict[str, dict[str, jax.ShapeDtypeStruct]]) -> dict[str, Arrays]:
         """The parts named in `like`, each array on the sharding that `like` gives it."""
-        stored = self._custom_metadata(step)["arrays"]
+        stored = self._stored(step)["arrays"]
         for name, part in like.items():
             if {path: x[:2] for path, x in stored[name].items()} != {path: _described(x) for path, x in part.items()}:
                 raise self._of_another_version(step)
@@ -112,13 +109,16 @@ class Checkpoints:
         finally:
             self._orbax.close()
 
-    def _custom_metadata(self, step: int) -> dict:
+    def _stored(self, step: int) -> dict:
         """What `save` stored beside the arrays; UserError if it is damaged or of another version."""
-        fields = dict(self._orbax.checkpointables_metadata(step).custom_metadata)
-        if "fingerprint" in fields and "crc32" not in fields and "format" not in fields:
+        try:
+            fields = dict(self._orbax.checkpointables_metadata(step).custom_metadata)
+        except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+            raise self._unusable(step, error) from error
+        if "fingerprint" in fields and "crc32" not in fields and "format" not in fields:  # the first format
             raise self._of_another_version(step)
-        if fields.pop("crc32") != crc32_of(fields):
-            raise ValueError("the metadata's checksum is wrong")
+        if fields.pop("crc32", None) != crc32_of(fields):
+            raise self._unusable(step)
         if fields["format"] != FORMAT:
             raise self._of_another_version(step)
         return fields
@@ -154,7 +154,10 @@ class Digest:
     is_finite: bool
 
 
-def digest(parts: dict[str, Arrays]) -> dict[str, dict[str, Digest]]:
+Digests = dict[str, dict[str, Digest]]  # by part and path
+
+
+def digest(parts: dict[str, Arrays]) -> Digests:
     """Of every array, computed where it lies; in the host's memory without a compiled program for each shape."""
     on_host = all(device.platform == "cpu" for device in next(iter(parts["params"].values())).devices())
     sums = jax.device_get(jax.tree.map((lambda x: _sums(np.asarray(x))) if on_host else _sums_on_device, parts))

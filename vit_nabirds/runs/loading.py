@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import logging
 from pathlib import Path
 
 import jax
@@ -13,8 +12,6 @@ from vit_nabirds.models.model import Model, describe
 from vit_nabirds.parallel import devices
 from vit_nabirds.runs.checkpoints import Checkpoints, Metadata, placed
 from vit_nabirds.runs.selection import Selection
-
-log = logging.getLogger("vit_nabirds")
 
 
 @dataclasses.dataclass(frozen=True)
