@@ -3,6 +3,7 @@
 #   make test                all tests that need no Slurm
 #   make test-slurm          the tests that start their own Slurm (skipped where it is not installed)
 #   make test-transformers5  the tests of checkpoints and predictions, with transformers 5
+#   make gpu-compile         what `check --gpus=...` needs to compile for GPUs (573 MB)
 #   make benchmarks          every benchmark with tiny models, to see that the scripts work
 #   make lint                ruff, and the import rules between the sub-packages
 PYTHON ?= python3
@@ -31,6 +32,14 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports --no-cache
 
+gpu-compile: $(VENV)/gpu-compile
+
+# In a folder of its own: among the packages, JAX would try to use it in each run and complain that there is no GPU.
+$(VENV)/gpu-compile: gpu-compile.lock $(VENV)/ready
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --target $@ --no-deps \
+		--require-hashes -r gpu-compile.lock
+	touch $@
+
 $(VENV)/ready: requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
@@ -43,4 +52,4 @@ $(VENV)/transformers5: $(VENV)/ready
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --target $@ --no-deps \
 		transformers==5.23.0 tokenizers==0.23.1
 
-.PHONY: benchmarks demo test test-slurm test-transformers5 lint
+.PHONY: benchmarks demo gpu-compile test test-slurm test-transformers5 lint

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import contest, inputs, loops, scaling, steps
+from benchmarks import contest, gpu, inputs, loops, scaling, steps
 from vit_nabirds.errors import UserError
 
 VIT_S = dict(hidden_size=384, num_layers=12, num_heads=6, mlp_dim=1536, patch_size=16, image_size=224)
@@ -36,14 +36,14 @@ def show(value: object) -> str:
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or what it has drawn would be left
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all these), or gpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the targets and all that was measured there")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="prepared and packed (default: birds are drawn)")
     parser.add_argument("--torch", default=sys.executable, metavar="PYTHON", help="of an environment with torch")
     parser.add_argument("--quick", action="store_true", help="tiny models, to see that all of it works")
     options = parser.parse_args()
-    if unknown := [part for part in options.parts if part not in PARTS]:
-        parser.error(f"there is no part {unknown[0]!r}: it is one of {', '.join(PARTS)}")
+    if unknown := [part for part in options.parts if part not in (*PARTS, "gpu")]:
+        parser.error(f"there is no part {unknown[0]!r}: it is one of {', '.join(PARTS)}, gpu")
     if shutil.which(options.torch) is None:
         parser.error(f"--torch={options.torch} is no program")
     try:
@@ -57,6 +57,7 @@ def main() -> None:
     except UserError as error:
         parser.error(f"--data: {error}")
     quick = options.quick
+    card = gpu.find_card(options.torch, quick) if "gpu" in options.parts else {}
     parts = options.parts or [part for part in PARTS if not (quick and part == "host")]  # with tiny models, as `step`
     tiny = TINY | {"num_layers": 1} if quick else TINY
     shape, batch_size, rounds = (tiny, 4, 1) if quick else (VIT_S, 8, 5)
@@ -124,6 +125,8 @@ def main() -> None:
             target("train ÷ bare step", row["train ÷ bare step"], 0.97)
             target("p99 ÷ median step while saving", row["p99 s"] / row["p50 s"], 1.25, at_most=True)
             target("start to first step, warm ÷ cold cache", row["warm s"] / row["cold s"], 0.4, at_most=True)
+        if "gpu" in parts:
+            measured["gpu"] = gpu.run(str(root), images, card, options.torch, quick, table)
         if "scaling" in parts:
             counts = [1, 8] if quick else [1, 8, 64, 512]
             rows = measured["scaling"] = scaling.run(counts, shape, batch_size)
@@ -134,14 +137,16 @@ def main() -> None:
             target("other communication, %", max(row["other %"] for row in rows), 1, at_most=True)
 
     machine = f"{os.cpu_count()} cores of {processor()}, Python {platform.python_version()}, {versions()}"
-    print(f"\nTargets, on {machine}\n\n| | measured | target | met |\n|---|---:|---:|---|")
+    if targets:
+        print(f"\nTargets, on {machine}\n\n| | measured | target | met |\n|---|---:|---:|---|")
     for row in targets:
         value = "not measured" if row["value"] is None else show(float(row["value"]))
         met = {None: "—", True: "yes", False: "NO"}[row["met"]]
         print(f"| {row['name']} | {value} | {row['target']} | {met} |")
     if quick:
         print("\nOf tiny models for moments: these numbers say that the scripts work, and nothing else.")
-    rows = [row for part in ("input", "host", "step") for row in measured.get(part, {}).items()]
+    results = [*(measured.get(part, {}) for part in ("input", "host", "step")), measured.get("gpu", {}).get("step", {})]
+    rows = [row for result in results for row in result.items()]
     broken = [f"{name} {row['skipped']}" for name, row in rows if contest.ENDED in row.get("skipped", "")]
     if options.json:
         options.json.write_text(

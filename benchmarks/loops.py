@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -28,7 +29,9 @@ def get_config():
 """
 
 
-def _command(folder: Path, root: str, workdir: Path, steps: int, images: int, batch_size: int, save: int) -> list[str]:
+def train_command(
+    folder: Path, root: str, workdir: Path, steps: int, images: int, batch_size: int, save: int
+) -> list[str]:
     # So many more steps than are measured that the end with its evaluation never comes.
     return [
         sys.executable, str(ROOT / "main.py"), f"--config={folder / 'config.py'}", f"--workdir={workdir}",
@@ -42,17 +45,25 @@ def _seconds_of_steps(workdir: Path, batch_size: int) -> dict[int, float]:
     return {x["step"]: batch_size / x["train/images_per_second"] for x in lines if "train/images_per_second" in x}
 
 
-def _until(step: int, command: list[str]) -> float:
-    """Seconds from the command to the report of a step; then it is asked to stop, and saves."""
-    start, seconds = time.perf_counter(), None
+def until(step: int, command: list[str], then: int = 0, most: float = threading.TIMEOUT_MAX) -> float:
+    """Seconds from the command to the report of a step. At that, or at that of step `then`, it is asked to stop, and
+    saves. After `most` seconds it is killed."""
+    start, seconds, asked, line = time.perf_counter(), None, False, "no output"
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"} | MALLOC
     process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE)
+    timer = threading.Timer(most, process.kill)
+    timer.daemon = True
+    timer.start()
     for line in process.stderr:
-        if seconds is None and (found := re.search(r" step (\d+)/\d+, ", line)) and int(found[1]) >= step:
+        reported = int(found[1]) if (found := re.search(r" step (\d+)/\d+, ", line)) else 0
+        if seconds is None and reported >= step:
             seconds = time.perf_counter() - start
+        if not asked and reported >= max(step, then):
+            asked = True
             process.send_signal(signal.SIGTERM)
     process.wait()
-    assert seconds is not None, f"the training ended before step {step}"
+    timer.cancel()
+    assert asked, f"the training ended before step {max(step, then)}: {line.strip()}"
     return seconds
 
 
@@ -69,7 +80,7 @@ def run(root: str, images: int, shape: dict, batch_size: int, steps: int, bare: 
         def measured(step: int, workdir: str, save: int = 1000 * steps, warm: bool = True) -> float:
             if warm:
                 shutil.copytree(folder / "started0" / "compiled", folder / workdir / "compiled", dirs_exist_ok=True)
-            return _until(step, _command(folder, root, folder / workdir, steps, images, batch_size, save))
+            return until(step, train_command(folder, root, folder / workdir, steps, images, batch_size, save))
 
         cold, resumed, warm = [], [], []
         for number in range(rounds):

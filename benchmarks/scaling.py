@@ -38,7 +38,7 @@ def audit(devices: int, shape: dict, per_device: int) -> dict:
 
     mesh = devices_lib.make_mesh()
     assert mesh.size == devices
-    step, first_state = training_step(shape)
+    step, first_state = training_step(shape, mesh)
     like = placed(jax.eval_shape(first_state), devices_lib.replicated(mesh))
     compiled = step.lower(like, batch_shapes(shape, devices * per_device, mesh)).compile()
     found, memory = collectives(compiled.as_text()), compiled.memory_analysis()

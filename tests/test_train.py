@@ -25,6 +25,7 @@ from vit_nabirds.evaluation.scoring import make_eval_step
 from vit_nabirds.models.model import describe
 from vit_nabirds.models.normalization import Normalization, to_float, zscore
 from vit_nabirds.models.pretrained.checkpoint import open_checkpoint
+from vit_nabirds.parallel.devices import make_mesh
 from vit_nabirds.recipe.augmentation import augment
 from vit_nabirds.runs.loading import open_run
 from vit_nabirds.runs.metrics import read_evaluations, read_metrics
@@ -125,7 +126,7 @@ def test_both_steps_normalise_as_the_checkpoint_says(undisturbed):
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
     tx = optax.sgd(0.0)
-    step = make_train_step(model, tx, lambda step: 0.0, list(params), other, seed=3)
+    step = make_train_step(model, tx, lambda step: 0.0, list(params), other, 3, make_mesh())
     state = TrainState(jnp.int32(5), jax.tree.map(jnp.array, params), tx.init(params))
     measured = step(state, batch)[1]["train/loss"]
     assert float(measured) == pytest.approx(float(loss_of(augment(batch["image"], step_keys(3, 5)[0], 16))), rel=1e-5)

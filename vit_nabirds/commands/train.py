@@ -19,14 +19,18 @@ def run(options, group) -> int:
 
     config = Config.read(options.config)
     check_same_program(group, flat(config.to_dict()))
-    name = Path(options["config"].config_filename.split(":")[0]).stem
-    workdir = Path(options.workdir or f"runs/{name}")
+    workdir = workdir_of(options)
     from vit_nabirds.training.train import FINISHED, train
 
     code = train(config, workdir, group)
     if code == FINISHED:
         logging.getLogger("vit_nabirds").info("%s", next_commands(workdir, config.data.synthetic))
     return code
+
+
+def workdir_of(options) -> Path:
+    """--workdir, or a folder with the name of the configuration file."""
+    return Path(options.workdir or f"runs/{Path(options['config'].config_filename.split(':')[0]).stem}")
 
 
 def next_commands(workdir: Path, on_drawn_birds: bool) -> str:

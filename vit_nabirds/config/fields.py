@@ -116,6 +116,10 @@ class Config:
     compute_dtype: str = _field(
         "float32", "'float32' or 'bfloat16'; parameters stay float32", one_of("float32", "bfloat16")
     )
+    gradient_dtype: str = _field(
+        "float32", "in which gradients are added up over devices: 'bfloat16' sends half the bytes, rounded",
+        one_of("float32", "bfloat16"),
+    )  # fmt: skip
     trainable: str = _field(".*", "regular expression in parameter paths; 'classifier' trains the head alone", PATTERN)
     cpu_devices: int = _field(1, "without an accelerator, split the CPU into this many devices", COUNT)
     data: Data = dataclasses.field(default_factory=Data)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable
 
 import jax
@@ -9,31 +10,38 @@ import jax.numpy as jnp
 
 from vit_nabirds.models import cpu
 
-
-def xla_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """softmax(query keyᵀ / √width) value; all (batch, tokens, heads, width)."""
-    return jax.nn.dot_product_attention(query, key, value, implementation="xla")
+log = logging.getLogger("vit_nabirds")
 
 
-def gpu_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """The same by cuDNN, where it can: not for the last block, which has fewer queries than keys."""
-    flash = query.shape == key.shape and _has_flash_attention(query.dtype, query.shape[-1])
-    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn" if flash else "xla")
+def xla_attention(query: jax.Array, key: jax.Array, value: jax.Array, num_tokens: int) -> jax.Array:
+    """softmax(query keyᵀ / √width) value of the first `num_tokens` keys; all (batch, tokens, heads, width)."""
+    return jax.nn.dot_product_attention(
+        query, key, value, key_value_seq_lengths=_lengths(key, num_tokens), implementation="xla"
+    )
+
+
+def cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array, num_tokens: int) -> jax.Array:
+    """The same by cuDNN, for an even number of tokens; by XLA in the last block, which has one query."""
+    if query.shape[1] == 1:
+        return xla_attention(query, key, value, num_tokens)
+    return jax.nn.dot_product_attention(
+        query, key, value, key_value_seq_lengths=_lengths(key, num_tokens), implementation="cudnn"
+    )
+
+
+def _lengths(key: jax.Array, num_tokens: int) -> jax.Array | None:
+    return None if num_tokens == key.shape[1] else jnp.full(len(key), num_tokens, jnp.int32)
 
 
 @functools.cache
-def _has_flash_attention(dtype: jnp.dtype, width: int) -> bool:
-    """Whether cuDNN's attention and its gradient compile here: for bfloat16, on GPUs since Ampere."""
-    x = jax.ShapeDtypeStruct((1, 17, 2, width), dtype)
-
-    def total(x: jax.Array) -> jax.Array:
-        return jax.nn.dot_product_attention(x, x, x, implementation="cudnn").sum(dtype=jnp.float32)
-
+def why_not_cudnn(device: jax.Device, dtype: str, width: int) -> str | None:
+    """None where cuDNN's attention and its gradient compile for this device, else why they do not."""
+    x = jax.ShapeDtypeStruct((1, 4, 1, width), dtype, sharding=jax.sharding.SingleDeviceSharding(device))
     try:
-        jax.jit(jax.grad(total)).lower(x).compile()
-    except Exception:  # noqa: BLE001, because each reason for a "no" raises another type
-        return False
-    return True
+        jax.jit(jax.grad(lambda x: cudnn_attention(x, x, x, 3).sum(dtype=jnp.float32))).trace(x).lower().compile()
+    except Exception as error:  # noqa: BLE001, because each reason raises another type
+        return str(error).splitlines()[0]
+    return None
 
 
 def unchanged(x: jax.Array) -> jax.Array:
@@ -44,7 +52,8 @@ def unchanged(x: jax.Array) -> jax.Array:
 class Kernels:
     """Hashable, as a static part of a module must be. The defaults suit every platform."""
 
-    attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = xla_attention
+    attention: Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array] = xla_attention
+    token_multiple: int = 1  # tokens are padded to a multiple of it
     keep: Callable[[jax.Array], jax.Array] = unchanged  # applied to the residual stream after each branch
     compiler_options: tuple[tuple[str, str], ...] = ()  # for jax.jit
 
@@ -52,8 +61,13 @@ class Kernels:
 PORTABLE = Kernels()
 
 
-def kernels_for(platform: str) -> Kernels:
-    """The fastest kernels for a platform as JAX names it: 'cpu', 'gpu' ('cuda', 'rocm'), 'tpu', …"""
-    if platform == "cpu":
-        return Kernels(cpu.attention, cpu.materialised, cpu.COMPILER_OPTIONS)
-    return Kernels(gpu_attention) if platform in ("gpu", "cuda", "rocm") else PORTABLE
+def kernels_for(device: jax.Device, dtype: str, width: int) -> Kernels:
+    """The fastest kernels for a device, the dtype of the activations and the width of an attention head."""
+    if device.platform == "cpu":
+        return Kernels(cpu.attention, keep=cpu.materialised, compiler_options=cpu.COMPILER_OPTIONS)
+    if device.platform not in ("gpu", "cuda", "rocm"):
+        return PORTABLE
+    if reason := why_not_cudnn(device, dtype, width):
+        log.info("attention is computed by XLA, not by cuDNN: %s", reason)
+        return Kernels()
+    return Kernels(cudnn_attention, token_multiple=2)

@@ -23,6 +23,11 @@ def make_mesh() -> Mesh:
     return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 
 
+def own(mesh: Mesh) -> jax.Device:
+    """The first device of this process in the mesh."""
+    return next(device for device in mesh.devices.flat if device.process_index == jax.process_index())
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 

@@ -70,11 +70,15 @@ class Run:
         number = jax.ShapeDtypeStruct((batch,), np.int32)
         return placed({"image": image, "label": number, "row": number}, devices.over_batch(self.mesh))
 
-    def compile_step(self) -> jax.stages.Compiled:
-        """The compiled training step: (state, batch) -> (state, metrics). Takes seconds to minutes."""
+    def trace_step(self) -> jax.stages.Traced:
+        """The training step as JAX sees it: (state, batch) -> (state, metrics)."""
+        return self.train_step.trace(self.state_shapes(), self.batch_shapes())
+
+    def compile_step(self, traced: jax.stages.Traced | None = None, options: dict | None = None) -> jax.stages.Compiled:
+        """The same, compiled. Takes seconds to minutes."""
         log.info("compiling the training step for %d device(s)", self.mesh.size)
         started = time.monotonic()
-        compiled = self.train_step.lower(self.state_shapes(), self.batch_shapes()).compile()
+        compiled = (traced or self.trace_step()).lower().compile(compiler_options=options)
         log.info("compiled in %.1f s", time.monotonic() - started)
         return compiled
 
@@ -84,6 +88,11 @@ class Run:
             return {}
         place = functools.partial(devices.replicate, mesh=self.mesh)
         return self.pretrained.load(self.model.architecture, self.metadata.species, place)
+
+    def check_pretrained(self) -> None:
+        """UserError if weights that a new run starts from are not finite. They stay on the host."""
+        if self.pretrained is not None:
+            self.pretrained.load(self.model.architecture, self.metadata.species, np.asarray)
 
     def first_state(self, pretrained_params: dict[str, jax.Array]) -> TrainState:
         """The state of a new run before its first step."""
@@ -106,11 +115,14 @@ class Run:
         return train_batches(self.train_split, config.batch_size, config.seed, self.start, config.data.workers, shard)
 
 
-def prepare_run(config: Config, workdir: Path, group: ProcessGroup) -> Run:
-    """Check everything and return the run. Writes nothing into the workdir; UserError for a mistake of the user's."""
+def prepare_run(config: Config, workdir: Path, group: ProcessGroup, mesh: jax.sharding.Mesh | None = None) -> Run:
+    """Check everything and return the run, on all devices or on a given mesh, whose devices need not exist.
+
+    Writes nothing into the workdir; UserError for a mistake of the user's.
+    """
     check_workers(config.data.workers)
     devices.split_cpu(config.cpu_devices)
-    mesh = devices.make_mesh()
+    mesh = mesh or devices.make_mesh()
     if config.batch_size % mesh.size:
         raise ConfigError(
             f"config.batch_size is {config.batch_size}, which {mesh.size} devices cannot share equally: choose a "
@@ -140,12 +152,14 @@ def prepare_run(config: Config, workdir: Path, group: ProcessGroup) -> Run:
 
     model = describe(
         architecture, len(species), config.compute_dtype, config.model.dropout_rate, config.remat,
-        platform=mesh.devices.flat[0].platform,
+        device=devices.own(mesh),
     )  # fmt: skip
     trainable = trainable_paths(list(model.shapes), config.trainable)
     schedule = make_schedule(config, plan)
     tx = make_optimizer(config, schedule)
-    train_step = make_train_step(model, tx, schedule, trainable, normalization, config.seed)
+    train_step = make_train_step(
+        model, tx, schedule, trainable, normalization, config.seed, mesh, config.gradient_dtype
+    )
     selection = Selection.read(workdir, saved_steps)
     run = Run(
         config, plan, workdir, mesh, table, train_split, test_split, model, metadata, pretrained, trainable, tx,

@@ -1,16 +1,18 @@
 """The compiled training step: a state and a batch in, the next state and metrics out."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from vit_nabirds.models.model import Model
 from vit_nabirds.models.normalization import Normalization, zscore
 from vit_nabirds.recipe.augmentation import augment
+from vit_nabirds.training.gradients import loss_and_gradients
 from vit_nabirds.training.state import TrainState
 
 
@@ -26,6 +28,12 @@ def checksum(rows: jax.Array) -> jax.Array:
     return jnp.sum(odd * (rows.astype(jnp.uint32) + 1))
 
 
+def loss_fn(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Cross-entropy of float32 logits (batch, classes) and what else is reported; means over the batch."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return losses.mean(), {"train/accuracy": jnp.mean(jnp.argmax(logits, -1) == labels)}
+
+
 def make_train_step(
     model: Model,
     tx: optax.GradientTransformation,
@@ -33,24 +41,27 @@ def make_train_step(
     trainable: list[str],
     normalization: Normalization,
     seed: int,
+    mesh: jax.sharding.Mesh,
+    gradient_dtype: str = "float32",
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """Jitted (state, batch) -> (state, metrics). The state is donated; metrics are means over the global batch."""
     crop = model.architecture["image_size"]
+    gradients_of = jax.shard_map(
+        functools.partial(loss_and_gradients, model, loss_fn, trainable, axis="data", dtype=gradient_dtype),
+        mesh=mesh, in_specs=(P(), P("data"), P("data"), P("data")), out_specs=P(),
+        check_vma=False,  # it takes what a barrier returns for different on each device
+    )  # fmt: skip
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         augment_key, dropout_key = step_keys(seed, state.step)
         images = zscore(augment(batch["image"], augment_key, crop), normalization)
-
-        def loss_fn(params: dict) -> tuple[jax.Array, jax.Array]:
-            logits = model.logits(state.params | params, images, nnx.Rngs(dropout=dropout_key))
-            return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean(), logits
-
+        # One for each image, by its place in the global batch: the same on any number of devices.
+        keys = jax.vmap(functools.partial(jax.random.fold_in, dropout_key))(jnp.arange(len(images)))
+        loss, metrics, gradients = gradients_of(state.params, images, batch["label"], keys)
         params = {path: state.params[path] for path in trainable}
-        (loss, logits), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
         updates, opt_state = tx.update(gradients, state.opt_state, params)
-        metrics = {
+        metrics |= {
             "train/loss": loss,
-            "train/accuracy": jnp.mean(jnp.argmax(logits, -1) == batch["label"]),
             "train/learning_rate": schedule(state.step),
             "train/gradient_norm": optax.tree.norm(gradients),
             "records": checksum(batch["row"]),

@@ -1,0 +1,109 @@
+"""What a compiled program holds and sends, read from its text and from XLA's account of its memory."""
+
+import dataclasses
+import math
+import re
+
+import jax
+from jax.extend.core import Jaxpr
+
+BYTES = {"f32": 4, "bf16": 2, "f16": 2, "f64": 8, "pred": 1}
+BYTES |= {f"{sign}{8 * size}": size for sign in "su" for size in (1, 2, 4, 8)}
+COLLECTIVES = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
+ARRAY = r"\b(\w+)\[([\d,]*)\]"
+PRODUCT = re.compile(r'custom_call_target="__cu(blas|dnn)|"kind":"__triton_gemm"| dot\(')
+TO_HOST = re.compile(r"xla_ffi_python|xla_python_|SendToHost|RecvFromHost|\binfeed|\boutfeed|S\(5\)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    kind: str  # 'all-reduce', ...
+    dtype: str  # as XLA writes it: 'f32', 'bf16', 'u32', ...
+    bytes: int  # of its result, on one device
+    asynchronous: bool
+    products: int  # matrix products and attentions that are started while it is under way
+
+
+def size_of(types: str) -> int:
+    """Bytes of all arrays in a piece of XLA's text, like '(f32[8,4]{1,0}, u32[])'."""
+    arrays = ((dtype, map(int, filter(None, sides.split(",")))) for dtype, sides in re.findall(ARRAY, types))
+    return sum(BYTES.get(dtype, 0) * math.prod(sides) for dtype, sides in arrays)
+
+
+def collectives(text: str) -> list[Collective]:
+    """All of a compiled program, in the order in which they start."""
+    lines, found = text.splitlines(), []
+    for number, line in enumerate(lines):
+        match = re.match(rf"\s*(?:ROOT )?%?(\S+) = (.+?) ({COLLECTIVES})(-start)?\(", line)
+        if not match:
+            continue
+        name, types, kind, start = match.groups()
+        products, dtypes = 0, re.findall(r"\b(\w+)\[", types)
+        if start:
+            done = re.compile(rf"{kind}-done\(%?{re.escape(name)}\)")
+            for later in lines[number + 1 :]:
+                if done.search(later):
+                    break
+                products += bool(PRODUCT.search(later))
+        found.append(Collective(kind, max(set(dtypes), key=dtypes.count), size_of(types), bool(start), products))
+    return found
+
+
+def fused_attentions(text: str) -> tuple[int, int]:
+    """How often cuDNN's attention is called: forwards, backwards."""
+    return text.count('"__cudnn$fmhaSoftmax"'), text.count('"__cudnn$fmhaSoftmaxBackward"')
+
+
+def host_traffic(text: str) -> list[str]:
+    """Lines of a compiled program that call the host or copy to its memory."""
+    return [line.strip() for line in text.splitlines() if TO_HOST.search(line)]
+
+
+def memory_traffic(text: str) -> int:
+    """Bytes that the kernels of a compiled program read and write, if none of them is found in a cache."""
+    entry = text[text.index("\nENTRY") :]
+    sizes, total = {}, 0
+    for line in entry.splitlines():
+        if match := re.match(r"\s*(?:ROOT )?%(\S+) = (.+?) ([\w-]+)\((.*?)\)", line):
+            name, types, kind, operands = match.groups()
+            sizes[name] = size_of(types)
+            if kind not in ("parameter", "constant", "bitcast", "tuple", "get-tuple-element") and "-done" not in kind:
+                total += sizes[name] + sum(sizes.get(operand, 0) for operand in re.findall(r"%([\w.-]+)", operands))
+    return total
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device."""
+
+    arguments: int
+    working: int
+    results: int  # beyond the memory of donated arguments
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.working + self.results
+
+    @classmethod
+    def of(cls, compiled: jax.stages.Compiled) -> "Memory":
+        m = compiled.memory_analysis()
+        results = m.output_size_in_bytes - m.alias_size_in_bytes
+        return cls(m.argument_size_in_bytes, m.temp_size_in_bytes, results)
+
+
+def flops_of_products(jaxpr: Jaxpr) -> int:
+    """Floating-point operations of all matrix products in a traced function; in `shard_map`, of one device."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name.startswith("dot_product_attention_"):  # cuDNN's, of (batch, tokens, heads, width)
+            query, key = (x.aval.shape for x in equation.invars[:2])
+            products = 4 if "bwd" in equation.primitive.name else 2
+            total += products * 2 * math.prod(query) * key[1]
+        elif equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left, result = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+            total += 2 * math.prod(result) * math.prod(left[axis] for axis in contracted)
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            total += flops_of_products(inner) if hasattr(inner, "eqns") else 0
+    return total

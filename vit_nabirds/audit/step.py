@@ -1,0 +1,119 @@
+"""The training step of a run that has not started, compiled and measured against machines."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from vit_nabirds.audit import program
+from vit_nabirds.audit.estimate import Bounds, bounds, budget, largest_batch
+from vit_nabirds.audit.program import Collective, Memory
+from vit_nabirds.parallel.gpus import GIB, OPTIONS, Machines
+from vit_nabirds.training.run import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """What the compiled step says of itself; bytes and operations are those of one device."""
+
+    memory: Memory
+    next_batch: int  # bytes of the batch that arrives during a step
+    flops: int
+    traffic: int
+    collectives: list[Collective]
+    attentions: tuple[int, int]  # calls of cuDNN's, forwards and backwards
+
+    @property
+    def used(self) -> int:
+        return self.memory.total + self.next_batch
+
+
+def audit(run: Run, described: bool) -> Audit:
+    """Compile the step of `run`, whose devices may be described ones."""
+    traced = run.trace_step()
+    compiled = run.compile_step(traced, OPTIONS if described else None)
+    text = compiled.as_text()
+    batch = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in run.batch_shapes().values())
+    return Audit(
+        Memory.of(compiled), batch // run.mesh.size, program.flops_of_products(traced.jaxpr.jaxpr),
+        program.memory_traffic(text), program.collectives(text), program.fused_attentions(text),
+    )  # fmt: skip
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size < 10 * GIB else f"{size / GIB:.1f} GiB"
+
+
+def of_run(run: Run, step: Audit) -> Iterator[str]:
+    """What holds on any device: lines of the report."""
+    sizes = {path: int(np.prod(x.shape)) for path, x in run.model.shapes.items()}
+    config, plan = run.config, run.plan
+    trained, state = sum(sizes[path] for path in run.trainable), run.state_shapes()
+    stored = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
+    train, test = len(run.train_split), len(run.test_split)
+    yield f"data         {run.model.num_classes} species, {train:,} train and {test:,} test photographs"
+    yield f"model        {sum(sizes.values()):,} parameters, {trained:,} of them trained, in {config.compute_dtype}"
+    yield (
+        f"run          {plan.total_steps:,} steps of {config.batch_size} photographs, from step {run.start} on; "
+        f"a checkpoint takes {gib(stored)}"
+    )
+    attention = "cuDNN" if sum(step.attentions) else "XLA"
+    yield f"step         {step.flops / 1e12:.3g} TFLOP in products on each device; attention by {attention}"
+    if not step.collectives:
+        yield "collectives  none"
+        return
+    sent = sum(c.bytes for c in step.collectives)
+    hidden = sum(c.bytes for c in step.collectives if c.products)
+    kinds = sorted({f"{c.dtype} {c.kind}" for c in step.collectives if c.bytes > 2**10})
+    waits = "" if all(c.asynchronous for c in step.collectives) else ", not all of them asynchronous"
+    yield (
+        f"collectives  {len(step.collectives)} ({', '.join(kinds)}), {sent / 2**20:.1f} MiB on each device{waits}; "
+        f"{hidden / sent:.0%} of it beside matrix products"
+    )
+
+
+def of_gpus(run: Run, step: Audit, machines: Machines, limits: Bounds) -> Iterator[str]:
+    """What holds on these GPUs."""
+    yield (
+        f"time         at least {1e3 * limits.step:.3g} ms a step: products {1e3 * limits.products:.3g}, "
+        f"state {1e3 * limits.state:.3g}, links {1e3 * limits.links:.3g} ms; at most "
+        f"{run.config.batch_size / limits.step:,.0f} images/s"
+    )
+    yield (
+        f"traffic      {gib(step.traffic)} through the kernels of a GPU: "
+        f"{1e3 * step.traffic / machines.gpu.bandwidth:.3g} ms if no cache holds any of it"
+    )
+
+
+def judge(run: Run, step: Audit, machines: Machines, prepare) -> tuple[list[str], str | None]:
+    """Lines on the memory of a GPU, and what to change, if anything. `prepare` gives the run with another batch."""
+    share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))
+    limit = budget(machines, share)
+    images = run.config.batch_size // machines.size
+
+    @functools.cache
+    def used_with(per_gpu: int) -> int:
+        return step.used if per_gpu == images else audit(prepare(per_gpu * machines.size), described=True).used
+
+    best = largest_batch(used_with, images, limit.available)
+    lines = [
+        f"memory       {gib(step.used)} of a GPU: {gib(step.memory.arguments)} state and batch, "
+        f"{gib(step.memory.working)} working memory, {gib(step.next_batch)} next batch",
+        f"             {gib(limit.available)} can be had of {gib(limit.memory)}: JAX takes {share:.0%} "
+        f"(XLA_PYTHON_CLIENT_MEM_FRACTION), CUDA{' and NCCL' if machines.size > 1 else ''} "
+        f"{gib(limit.outside)} or so",
+        f"             {images} photographs a GPU, of which {best:,} fit",
+    ]
+    if step.used <= limit.available:
+        return lines, None
+    fits = f"--config.batch_size={best * machines.size}" if best else "a smaller model or image_size"
+    again = "" if run.config.remat else ", --config.remat"
+    return lines, f"the step does not fit: use {fits}{again} or more GPUs."
+
+
+def bounds_of(run: Run, step: Audit, machines: Machines) -> Bounds:
+    sent = sum(c.bytes for c in step.collectives)
+    return bounds(machines, run.config.compute_dtype, step.flops, step.memory, sent)

@@ -1,0 +1,71 @@
+"""Say what a training would do and need on described GPUs, before it runs: no device is used, nothing is written."""
+
+import contextlib
+import functools
+import tempfile
+from pathlib import Path
+
+from vit_nabirds.config import Config
+
+REQUIRED = ()
+FLAGS = {
+    "workdir": (str, "Folder of the run (default: runs/ and the name of the configuration file)."),
+    "gpus": (str, "What it will run on, like '2x4 h100': two nodes with four GPUs each (default: this machine's CPU)."),
+}
+PARALLEL = False
+CONFIGURED = True
+
+
+def run(options, group) -> int:
+    from vit_nabirds.commands.train import workdir_of
+    from vit_nabirds.parallel import gpus
+
+    config = Config.read(options.config)
+    machines = gpus.parse(options.gpus) if options.gpus else None
+    described = machines is not None and gpus.can_compile()
+    gpus.stay_off_devices(machines.size if machines else config.cpu_devices)
+    with contextlib.ExitStack() as stack:
+        if config.data.synthetic and not (Path(config.data.root) / "metadata.parquet").exists():
+            from vit_nabirds.training.train import prepare_synthetic
+
+            root = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "birds"
+            prepare_synthetic(root, config.model.image_size)
+            config = config.replace({"data.root": str(root)})
+        return check(config, workdir_of(options), group, machines, described)
+
+
+def check(config: Config, workdir: Path, group, machines, described: bool) -> int:
+    """Print the report; returns 0 if the training is ready to start, else 1."""
+    from vit_nabirds.audit import step as audits
+    from vit_nabirds.parallel import gpus
+    from vit_nabirds.training.run import prepare_run
+
+    if described:
+        mesh = gpus.mesh_of(machines)
+    else:
+        mesh = gpus.mesh_of_cpus(machines.size if machines else config.cpu_devices)
+    run = prepare_run(config, workdir, group, mesh)
+    run.check_pretrained()
+    step = audits.audit(run, described)
+    print(f"{workdir} on {machines or f'the CPU, as {mesh.size} devices'}")
+    for line in audits.of_run(run, step):
+        print(line)
+    problem = None
+    if described:
+        for line in audits.of_gpus(run, step, machines, audits.bounds_of(run, step, machines)):
+            print(line)
+        prepare = functools.partial(_with_batch, config, workdir, group, mesh)
+        lines, problem = audits.judge(run, step, machines, prepare)
+    else:
+        lines = [f"memory       {audits.gib(step.used)} of a device"]
+    print("\n".join(lines))
+    if machines and not described:
+        print("This is the CPU's program: for that of the GPUs, run `make gpu-compile` first (BUILD.md).")
+    print(problem or "ready")
+    return 1 if problem else 0
+
+
+def _with_batch(config: Config, workdir: Path, group, mesh, batch_size: int):
+    from vit_nabirds.training.run import prepare_run
+
+    return prepare_run(config.replace({"batch_size": batch_size}), workdir, group, mesh)
