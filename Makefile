@@ -26,6 +26,7 @@ test-transformers5: $(VENV)/transformers5
 
 benchmarks: $(VENV)/ready
 	$(VENV)/bin/python -m benchmarks --quick
+	$(VENV)/bin/python -m benchmarks gpu --quick
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -179,7 +179,7 @@ def _steps(cases: list[Case], card: dict, torch_python: str, quick: bool) -> dic
         peaks = PEAK if case.dtype == "bfloat16" else steps.PEAK
         peak = next((peak for name, peak in peaks.items() if name in card["card"]), None)
         if peak and isinstance(speed, float):
-            row["MFU %"] = 100 * speed * steps._flops(case.shape) / (1e12 * peak)
+            row["MFU %"] = 100 * speed * steps.flops_of_model(case.shape) / (1e12 * peak)
     return rows
 
 

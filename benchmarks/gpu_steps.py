@@ -48,6 +48,7 @@ def ours(shape: dict, dtype: str, batch_size: int, remat: bool, device: str) -> 
     import jax
 
     from benchmarks.ours import batch_shapes, training_step
+    from vit_nabirds.audit.program import Memory
     from vit_nabirds.parallel import devices
     from vit_nabirds.runs.checkpoints import placed
 
@@ -60,7 +61,7 @@ def ours(shape: dict, dtype: str, batch_size: int, remat: bool, device: str) -> 
     ask("the GPU")  # XLA chooses kernels for products by timing them, while it compiles the step
     try:
         compiled = lowered.compile()
-        predicted = _predicted(compiled.memory_analysis()) / 1e9
+        predicted = Memory.of(compiled).total / 1e9
         row |= {"attention": _attention(compiled.as_text()), "predicted GB": predicted}
         held = make_state()
         batch = devices.to_devices(_batch(shapes), mesh)
@@ -89,16 +90,12 @@ def _batch(shapes: dict) -> dict:
     return {"image": image, "label": labels, "row": labels}
 
 
-def _attention(program: str) -> str:
+def _attention(text: str) -> str:
     """Who computes attention in a compiled program's text. The last block, of one query, is always XLA's."""
-    forward, backward = '"__cudnn$fmhaSoftmax"' in program, '"__cudnn$fmhaSoftmaxBackward"' in program
-    return {(True, True): "cuDNN", (False, False): "XLA"}.get((forward, backward), "cuDNN one way, XLA the other")
+    from vit_nabirds.audit.program import fused_attentions
 
-
-def _predicted(memory) -> int:
-    """Bytes of state, batch, results and working memory, by `compiled.memory_analysis()`."""
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes  # the next state takes the place of the old one
-    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + results
+    called = tuple(map(bool, fused_attentions(text)))
+    return {(True, True): "cuDNN", (False, False): "XLA"}.get(called, "cuDNN one way, XLA the other")
 
 
 def timm(shape: dict, **case) -> dict:

@@ -14,11 +14,17 @@ from vit_nabirds.training.step import make_train_step
 CLASSES = 404
 
 
-def training_step(shape: dict, mesh: jax.sharding.Mesh, compute_dtype: str = "float32", remat: bool = False):
+def training_step(
+    shape: dict,
+    mesh: jax.sharding.Mesh,
+    compute_dtype: str = "float32",
+    remat: bool = False,
+    gradient_dtype: str = "float32",
+):
     """(jitted step, function that makes the first state) with AdamW and augmentation of larger uint8 images."""
     model = describe(shape, CLASSES, compute_dtype, remat=remat, device=devices.own(mesh))
     tx, trainable = optax.adamw(1e-4, weight_decay=0.05), list(model.shapes)
-    step = make_train_step(model, tx, lambda _: 1e-4, trainable, Normalization(), 0, mesh)
+    step = make_train_step(model, tx, lambda _: 1e-4, trainable, Normalization(), 0, mesh, gradient_dtype)
     return step, lambda: TrainState.initial(model.initial_params(0), tx, trainable)
 
 

@@ -13,7 +13,7 @@ HOST = ["ours", "seed: nnx.jit"]
 PEAK = {"A100": 156, "H100": 495, "H200": 495, "L40S": 183}
 
 
-def _flops(shape: dict) -> int:
+def flops_of_model(shape: dict) -> int:
     """Of the products of all blocks for all tokens of one image, forwards and backwards."""
     width, patches = shape["hidden_size"], (shape["image_size"] // shape["patch_size"]) ** 2
     layer = 2 * (patches + 1) * width * (4 * width + 2 * shape["mlp_dim"] + 2 * (patches + 1))
@@ -27,7 +27,7 @@ def _of_gpu(shape: dict, images_per_second: float) -> dict:
         return {}
     device = jax.devices()[0]
     peak = next((peak for name, peak in PEAK.items() if name in device.device_kind), float("nan"))
-    mfu = images_per_second * _flops(shape) / (1e12 * peak * jax.device_count())
+    mfu = images_per_second * flops_of_model(shape) / (1e12 * peak * jax.device_count())
     return {"peak GB": device.memory_stats()["peak_bytes_in_use"] / 1e9, "MFU": mfu}
 
 

@@ -16,7 +16,7 @@ class Budget:
     """Bytes of a GPU that a step may use: what JAX sets aside at its start."""
 
     memory: int  # of the GPU
-    share: float  # that JAX takes, XLA_PYTHON_CLIENT_MEM_FRACTION
+    share: float  # that JAX takes, XLA_CLIENT_MEM_FRACTION
     outside: int  # for CUDA and NCCL
 
     @property

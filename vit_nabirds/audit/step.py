@@ -2,15 +2,16 @@
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Iterator
 
 import jax
-import numpy as np
 
 from vit_nabirds.audit import program
-from vit_nabirds.audit.estimate import Bounds, bounds, budget, largest_batch
+from vit_nabirds.audit.estimate import bounds, budget, largest_batch
 from vit_nabirds.audit.program import Collective, Memory
+from vit_nabirds.errors import ConfigError
 from vit_nabirds.parallel.gpus import GIB, OPTIONS, Machines
 from vit_nabirds.training.run import Run
 
@@ -31,12 +32,12 @@ class Audit:
         return self.memory.total + self.next_batch
 
 
-def audit(run: Run, described: bool) -> Audit:
-    """Compile the step of `run`, whose devices may be described ones."""
-    traced = run.trace_step()
-    compiled = run.compile_step(traced, OPTIONS if described else None)
+def audit(run: Run, options: dict | None, batch_size: int) -> Audit:
+    """Compile the step of `run`, whose devices may be described ones, with XLA's options and a global batch size."""
+    traced = run.trace_step(batch_size)
+    compiled = run.compile_step(traced, options)
     text = compiled.as_text()
-    batch = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in run.batch_shapes().values())
+    batch = sum(math.prod(x.shape) * x.dtype.itemsize for x in run.batch_shapes(batch_size).values())
     return Audit(
         Memory.of(compiled), batch // run.mesh.size, program.flops_of_products(traced.jaxpr.jaxpr),
         program.memory_traffic(text), program.collectives(text), program.fused_attentions(text),
@@ -44,15 +45,17 @@ def audit(run: Run, described: bool) -> Audit:
 
 
 def gib(size: float) -> str:
+    if size < GIB / 10:
+        return f"{size / 2**20:.3g} MiB"
     return f"{size / GIB:.2f} GiB" if size < 10 * GIB else f"{size / GIB:.1f} GiB"
 
 
 def of_run(run: Run, step: Audit) -> Iterator[str]:
     """What holds on any device: lines of the report."""
-    sizes = {path: int(np.prod(x.shape)) for path, x in run.model.shapes.items()}
+    sizes = {path: math.prod(x.shape) for path, x in run.model.shapes.items()}
     config, plan = run.config, run.plan
     trained, state = sum(sizes[path] for path in run.trainable), run.state_shapes()
-    stored = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
+    stored = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
     train, test = len(run.train_split), len(run.test_split)
     yield f"data         {run.model.num_classes} species, {train:,} train and {test:,} test photographs"
     yield f"model        {sum(sizes.values()):,} parameters, {trained:,} of them trained, in {config.compute_dtype}"
@@ -75,8 +78,10 @@ def of_run(run: Run, step: Audit) -> Iterator[str]:
     )
 
 
-def of_gpus(run: Run, step: Audit, machines: Machines, limits: Bounds) -> Iterator[str]:
+def of_gpus(run: Run, step: Audit, machines: Machines) -> Iterator[str]:
     """What holds on these GPUs."""
+    sent = sum(c.bytes for c in step.collectives)
+    limits = bounds(machines, run.config.compute_dtype, step.flops, step.memory, sent)
     yield (
         f"time         at least {1e3 * limits.step:.3g} ms a step: products {1e3 * limits.products:.3g}, "
         f"state {1e3 * limits.state:.3g}, links {1e3 * limits.links:.3g} ms; at most "
@@ -88,22 +93,35 @@ def of_gpus(run: Run, step: Audit, machines: Machines, limits: Bounds) -> Iterat
     )
 
 
-def judge(run: Run, step: Audit, machines: Machines, prepare) -> tuple[list[str], str | None]:
-    """Lines on the memory of a GPU, and what to change, if anything. `prepare` gives the run with another batch."""
-    share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))
+def share_of_memory() -> float:
+    """The part of a GPU's memory that JAX takes; ConfigError if the environment has another value than a number."""
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):  # the second is its name of old
+        if text := os.environ.get(name):
+            try:
+                if 0 < (share := float(text)) <= 1:
+                    return share
+            except ValueError:
+                pass
+            raise ConfigError(f"{name} is {text!r} in the environment: it must be a number between 0 and 1.")
+    return 0.75
+
+
+def judge(run: Run, step: Audit, machines: Machines) -> tuple[list[str], str | None]:
+    """Lines on the memory of a GPU, and what to change, if anything."""
+    share = share_of_memory()
     limit = budget(machines, share)
     images = run.config.batch_size // machines.size
 
     @functools.cache
     def used_with(per_gpu: int) -> int:
-        return step.used if per_gpu == images else audit(prepare(per_gpu * machines.size), described=True).used
+        return step.used if per_gpu == images else audit(run, OPTIONS, per_gpu * machines.size).used
 
     best = largest_batch(used_with, images, limit.available)
     lines = [
         f"memory       {gib(step.used)} of a GPU: {gib(step.memory.arguments)} state and batch, "
         f"{gib(step.memory.working)} working memory, {gib(step.next_batch)} next batch",
         f"             {gib(limit.available)} can be had of {gib(limit.memory)}: JAX takes {share:.0%} "
-        f"(XLA_PYTHON_CLIENT_MEM_FRACTION), CUDA{' and NCCL' if machines.size > 1 else ''} "
+        f"(XLA_CLIENT_MEM_FRACTION), CUDA{' and NCCL' if machines.size > 1 else ''} "
         f"{gib(limit.outside)} or so",
         f"             {images} photographs a GPU, of which {best:,} fit",
     ]
@@ -112,8 +130,3 @@ def judge(run: Run, step: Audit, machines: Machines, prepare) -> tuple[list[str]
     fits = f"--config.batch_size={best * machines.size}" if best else "a smaller model or image_size"
     again = "" if run.config.remat else ", --config.remat"
     return lines, f"the step does not fit: use {fits}{again} or more GPUs."
-
-
-def bounds_of(run: Run, step: Audit, machines: Machines) -> Bounds:
-    sent = sum(c.bytes for c in step.collectives)
-    return bounds(machines, run.config.compute_dtype, step.flops, step.memory, sent)

@@ -1,7 +1,6 @@
 """Say what a training would do and need on described GPUs, before it runs: no device is used, nothing is written."""
 
 import contextlib
-import functools
 import tempfile
 from pathlib import Path
 
@@ -40,32 +39,23 @@ def check(config: Config, workdir: Path, group, machines, described: bool) -> in
     from vit_nabirds.parallel import gpus
     from vit_nabirds.training.run import prepare_run
 
-    if described:
-        mesh = gpus.mesh_of(machines)
-    else:
-        mesh = gpus.mesh_of_cpus(machines.size if machines else config.cpu_devices)
+    mesh = None  # as train would make it here
+    if machines:
+        mesh = gpus.mesh_of(machines) if described else gpus.mesh_of_cpus(machines.size)
     run = prepare_run(config, workdir, group, mesh)
     run.check_pretrained()
-    step = audits.audit(run, described)
-    print(f"{workdir} on {machines or f'the CPU, as {mesh.size} devices'}")
+    step = audits.audit(run, gpus.OPTIONS if described else None, config.batch_size)
+    size, problem = run.mesh.size, None
+    cpu = f"the CPU, as {size} device{'s' if size > 1 else ''}"
+    print(f"{workdir} on {machines if described else cpu}")
     for line in audits.of_run(run, step):
         print(line)
-    problem = None
     if described:
-        for line in audits.of_gpus(run, step, machines, audits.bounds_of(run, step, machines)):
-            print(line)
-        prepare = functools.partial(_with_batch, config, workdir, group, mesh)
-        lines, problem = audits.judge(run, step, machines, prepare)
+        lines, problem = audits.judge(run, step, machines)
+        print("\n".join([*audits.of_gpus(run, step, machines), *lines]))
     else:
-        lines = [f"memory       {audits.gib(step.used)} of a device"]
-    print("\n".join(lines))
+        print(f"memory       {audits.gib(step.used)} of a device")
     if machines and not described:
         print("This is the CPU's program: for that of the GPUs, run `make gpu-compile` first (BUILD.md).")
     print(problem or "ready")
     return 1 if problem else 0
-
-
-def _with_batch(config: Config, workdir: Path, group, mesh, batch_size: int):
-    from vit_nabirds.training.run import prepare_run
-
-    return prepare_run(config.replace({"batch_size": batch_size}), workdir, group, mesh)

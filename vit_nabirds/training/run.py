@@ -63,16 +63,16 @@ class Run:
         shapes = jax.eval_shape(lambda params: TrainState.initial(params, self.tx, self.trainable), self.model.shapes)
         return placed(shapes, devices.replicated(self.mesh))
 
-    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The same of a global batch."""
-        batch, side = self.config.batch_size, self.train_split.size
+    def batch_shapes(self, batch_size: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+        """The same of a global batch, of the configuration's size or another."""
+        batch, side = batch_size or self.config.batch_size, self.train_split.size
         image = jax.ShapeDtypeStruct((batch, side, side, 3), np.uint8)
         number = jax.ShapeDtypeStruct((batch,), np.int32)
         return placed({"image": image, "label": number, "row": number}, devices.over_batch(self.mesh))
 
-    def trace_step(self) -> jax.stages.Traced:
+    def trace_step(self, batch_size: int | None = None) -> jax.stages.Traced:
         """The training step as JAX sees it: (state, batch) -> (state, metrics)."""
-        return self.train_step.trace(self.state_shapes(), self.batch_shapes())
+        return self.train_step.trace(self.state_shapes(), self.batch_shapes(batch_size))
 
     def compile_step(self, traced: jax.stages.Traced | None = None, options: dict | None = None) -> jax.stages.Compiled:
         """The same, compiled. Takes seconds to minutes."""

@@ -1,0 +1,152 @@
+"""What XLA compiles for GPUs, on a machine that needs none. `make gpu-compile` installs the compiler."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vit_nabirds.audit import program
+from vit_nabirds.audit.estimate import largest_batch
+from vit_nabirds.errors import ConfigError
+from vit_nabirds.parallel import gpus
+
+compiles = pytest.mark.skipif(not gpus.can_compile(), reason="JAX's CUDA plug-in is not here: run `make gpu-compile`")
+REPOSITORY = Path(__file__).parent.parent
+WITHOUT_PLUGIN = """
+import sys
+sys.modules["jax_plugins"] = None
+from vit_nabirds.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+# MiB of working memory of ViT-B/16 at 224 px in bfloat16, 64 photographs a GPU, as compiled by jax 0.10.2.
+BUDGET = {"ViT-B/16": 3474, "ViT-B/16 with remat": 896}
+
+
+@pytest.fixture(scope="module")
+def audits():
+    command = [sys.executable, Path(__file__).parent / "gpu_audits.py"]
+    path = {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}"}
+    done = subprocess.run(command, env=os.environ | path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout) | {"log": done.stderr}
+
+
+@compiles
+@pytest.mark.parametrize("case", BUDGET)
+def test_the_working_memory_is_within_its_budget(audits, case):
+    assert audits[case]["working MiB"] <= 1.05 * BUDGET[case]
+
+
+@compiles
+@pytest.mark.parametrize("case, calls", [("ViT-B/16", [11, 11]), ("ViT-B/16 with remat", [22, 11]), ("tiny", [2, 2])])
+def test_attention_is_fused_in_all_blocks_but_the_last(audits, case, calls):
+    assert audits[case]["attentions"] == calls
+
+
+@compiles
+def test_attention_that_cannot_be_fused_is_explained_once(audits):
+    assert audits["tiny, float32"]["attentions"] == [0, 0] and audits["scoring"]["attentions"] == [2, 0]
+    lines = [line for line in audits["log"].splitlines() if "attention is computed by XLA" in line]
+    assert len(lines) == 1 and "got float32" in lines[0]
+
+
+@compiles
+@pytest.mark.parametrize("case", BUDGET)
+def test_gradients_are_summed_in_float32_beside_the_backward_pass(audits, case):
+    sums, sent = audits[case]["collectives"], 4 * audits[case]["parameters"]
+    assert {c["kind"] for c in sums} == {"all-reduce"} and all(c["asynchronous"] for c in sums)
+    assert sum(c["bytes"] for c in sums if c["dtype"] == "f32") == sent + 2 * 4  # and loss and accuracy
+    assert sum(c["bytes"] for c in sums if c["dtype"] != "f32") == 4  # the checksum of the records
+    assert len(sums) <= 16
+    assert sum(c["bytes"] for c in sums if c["products"]) >= 0.95 * sent
+    assert sum(c["bytes"] for c in sums if c["products"] >= 3) >= 0.8 * sent
+
+
+@compiles
+def test_half_of_the_bytes_are_sent_by_choice(audits):
+    sums = audits["tiny, bfloat16 sums"]["collectives"]
+    assert sum(c["bytes"] for c in sums if c["dtype"] == "bf16") == 2 * audits["tiny"]["parameters"]
+    assert sum(c["bytes"] for c in sums if c["dtype"] != "bf16") == 3 * 4
+    assert audits["tiny, one GPU"]["collectives"] == []
+    assert set(audits["scoring"]["collectives"]) == {"all-reduce"}
+
+
+@compiles
+@pytest.mark.parametrize("case", ["ViT-B/16", "ViT-B/16 with remat", "tiny", "tiny, float32", "tiny, one GPU"])
+def test_the_state_is_donated_whole_and_the_host_has_no_part_in_a_step(audits, case):
+    assert audits[case]["donated"] == audits[case]["state"]
+    assert audits[case]["host"] == []
+
+
+@compiles
+def test_check_says_what_fits_and_writes_nothing(main, tmp_path):
+    arguments = ["check", *main.tiny, "--workdir=run", "--config.compute_dtype=bfloat16"]
+    done = main(*arguments, "--gpus=2x4 h100")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("run on 8 H100 80GB HBM3 on 2 nodes\n") and done.stdout.endswith("\nready\n")
+    for text in ("15 test photographs", "20 steps of 8 photographs", "all-reduce", "images/s", "59.3 GiB can be had"):
+        assert text in done.stdout
+    small = {"XLA_CLIENT_MEM_FRACTION": "0.00001"}
+    done = main(*arguments, "--gpus=h100", env=main.environment() | small)
+    assert done.returncode == 1 and "the step does not fit: use " in done.stdout and "ready" not in done.stdout
+    done = main(*arguments, "--gpus=3 h100")
+    assert done.returncode == 2 and "config.batch_size is 8, which 3 devices cannot share" in done.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_check_without_gpus_or_their_compiler_is_of_the_cpu(main, tmp_path):
+    done = main("check", *main.tiny, devices=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("runs/tiny_config on the CPU, as 2 devices\n") and done.stdout.endswith("\nready\n")
+    assert "memory       " in done.stdout and "all-reduce" in done.stdout
+    command = [sys.executable, "-c", WITHOUT_PLUGIN, "check", *main.tiny, "--gpus=2 h100"]
+    done = subprocess.run(command, env=main.environment(2), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("runs/tiny_config on the CPU, as 2 devices\n")
+    assert "the CPU's program: for that of the GPUs, run `make gpu-compile`" in done.stdout
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "text, machines", [("h100", (1, 1)), ("8 A100-80", (1, 8)), ("2x4 h200", (2, 4)), (" 16 x 4 l40s ", (16, 4))]
+)
+def test_machines_are_described_by_nodes_gpus_and_name(text, machines):
+    found = gpus.parse(text)
+    assert (found.nodes, found.per_node) == machines and found.gpu is gpus.GPUS[text.split()[-1].lower()]
+
+
+@pytest.mark.parametrize("text", ["", "b200", "0 h100", "2x h100", "4x4", "-1 h100", "2 x 99999 h100", "h100 x2"])
+def test_machines_that_are_not_known_are_a_mistake(text):
+    with pytest.raises(ConfigError, match=r"--gpus is .*(like '2x4 h100'|up to 4096)"):
+        gpus.parse(text)
+
+
+TEXT = """
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %all-reduce-start.1 = f32[8]{0} all-reduce-start(%p), channel_id=1
+  %a = (bf16[4,4]{1,0}, s8[16]{0}) custom-call(%p), custom_call_target="__cublas$lt$matmul"
+  %b = f32[4]{0} fusion(%p), kind=kLoop
+  %all-reduce-done.1 = f32[8]{0} all-reduce-done(%all-reduce-start.1)
+  %c = (bf16[4,4]{1,0}, s8[16]{0}) custom-call(%b), custom_call_target="__cudnn$fmhaSoftmax"
+  ROOT %all-gather = u32[2]{0} all-gather(%b), channel_id=2
+}
+"""
+
+
+def test_a_program_is_read():
+    first, second = program.collectives(TEXT)
+    assert first == program.Collective("all-reduce", "f32", 32, asynchronous=True, products=1)
+    assert second == program.Collective("all-gather", "u32", 8, asynchronous=False, products=0)
+    assert program.fused_attentions(TEXT) == (1, 0)
+    assert program.host_traffic(TEXT + '  %d = f32[] custom-call(), custom_call_target="xla_ffi_python_gpu_callback"')
+
+
+@pytest.mark.parametrize("images, largest", [(64, 128), (100, 128), (1000, 128), (128, 128)])
+def test_the_largest_batch_is_one_that_fits(images, largest):
+    assert largest_batch(lambda batch: 1000 + 10 * batch, images, available=2500) == largest
+    assert largest_batch(lambda batch: 3000 + 10 * batch, images, available=2500) == 0
+    # Where memory grows faster than expected, half as many.
+    assert largest_batch(lambda batch: 1000 + 10 * batch + 5000 * (batch == 128), 64, available=2500) == 64
