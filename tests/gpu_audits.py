@@ -20,6 +20,7 @@ TINY = dict(image_size=64, patch_size=16, hidden_size=128, num_layers=3, num_hea
 CASES = {
     "ViT-B/16": dict(machines="1x8 h100", shape=B16),
     "ViT-B/16 with remat": dict(machines="8x8 h100", shape=B16, remat=True),
+    "ViT-B/16 on A100s": dict(machines="2x4 a100-80", shape=B16),
     "tiny": dict(machines="2x4 a100-40", shape=TINY),
     "tiny, bfloat16 sums": dict(machines="2x4 a100-40", shape=TINY, gradient_dtype="bfloat16"),
     "tiny, float32": dict(machines="4 l40s", shape=TINY, compute_dtype="float32"),

@@ -38,13 +38,15 @@ def collectives(text: str) -> list[Collective]:
         if not match:
             continue
         name, types, kind, start = match.groups()
-        products, dtypes = 0, re.findall(r"\b(\w+)\[", types)
-        if start:
-            done = re.compile(rf"{kind}-done\(%?{re.escape(name)}\)")
+        products = 0
+        if start:  # whose own type may list what goes in, too
+            done = re.compile(rf" = (.+?) {kind}-done\(.*%?{re.escape(name)}\b")
             for later in lines[number + 1 :]:
-                if done.search(later):
+                if end := done.search(later):
+                    types = end[1]
                     break
                 products += bool(PRODUCT.search(later))
+        dtypes = re.findall(r"\b(\w+)\[", types)
         found.append(Collective(kind, max(set(dtypes), key=dtypes.count), size_of(types), bool(start), products))
     return found
 

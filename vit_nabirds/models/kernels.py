@@ -61,13 +61,22 @@ class Kernels:
 PORTABLE = Kernels()
 
 
-def kernels_for(device: jax.Device, dtype: str, width: int) -> Kernels:
-    """The fastest kernels for a device, the dtype of the activations and the width of an attention head."""
+# Without the first, XLA computes nothing while gradients are added up on GPUs older than Hopper. With the second, those
+# of a stage are sent as one piece, however large they are. docs/gpu.md has the effect of each.
+GPU_OPTIONS = (
+    ("xla_gpu_enable_latency_hiding_scheduler", "True"),
+    ("xla_gpu_all_reduce_combine_threshold_bytes", str(2**28)),
+)
+
+
+def kernels_for(device: jax.Device, dtype: str, width: int, drops: bool) -> Kernels:
+    """The fastest kernels for a device, given the activations' dtype, a head's width, and whether there is dropout."""
     if device.platform == "cpu":
         return Kernels(cpu.attention, keep=cpu.materialised, compiler_options=cpu.COMPILER_OPTIONS)
     if device.platform not in ("gpu", "cuda", "rocm"):
         return PORTABLE
-    if reason := why_not_cudnn(device, dtype, width):
+    # cuDNN would drop other attention weights on another number of devices.
+    if reason := "model.dropout_rate is not 0" if drops else why_not_cudnn(device, dtype, width):
         log.info("attention is computed by XLA, not by cuDNN: %s", reason)
-        return Kernels()
-    return Kernels(cudnn_attention, token_multiple=2)
+        return Kernels(compiler_options=GPU_OPTIONS)
+    return Kernels(cudnn_attention, token_multiple=2, compiler_options=GPU_OPTIONS)

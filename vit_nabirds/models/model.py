@@ -73,7 +73,7 @@ def describe(
 ) -> Model:
     """The model of an architecture for a device (default: the first of this process). Computes nothing."""
     width = architecture["hidden_size"] // architecture["num_heads"]
-    kernels = kernels_for(device or jax.local_devices()[0], compute_dtype, width)
+    kernels = kernels_for(device or jax.local_devices()[0], compute_dtype, width, dropout_rate > 0)
     module = nnx.eval_shape(
         lambda: VisionTransformer(
             **architecture,

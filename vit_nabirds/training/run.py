@@ -222,6 +222,7 @@ def _check_agreement(run: Run, group: ProcessGroup) -> None:
             "step": run.start,
             "evaluated": list(run.selection.evaluations),
             "devices": jax.local_device_count(),
+            "attention": run.model.kernels.attention.__name__,
         },
-        f"All nodes must see the same data and the same {run.workdir}, and have equally many devices.",
+        f"All nodes must see the same data and the same {run.workdir}, and have equally many devices of one kind.",
     )
