@@ -2,10 +2,14 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from vit_nabirds.audit import program
@@ -92,8 +96,6 @@ def test_check_says_what_fits_and_writes_nothing(main, tmp_path):
     small = {"XLA_CLIENT_MEM_FRACTION": "0.00001"}
     done = main(*arguments, "--gpus=h100", env=main.environment() | small)
     assert done.returncode == 1 and "the step does not fit: use " in done.stdout and "ready" not in done.stdout
-    done = main(*arguments, "--gpus=3 h100")
-    assert done.returncode == 2 and "config.batch_size is 8, which 3 devices cannot share" in done.stderr
     assert not any(tmp_path.iterdir())
 
 
@@ -117,7 +119,9 @@ def test_machines_are_described_by_nodes_gpus_and_name(text, machines):
     assert (found.nodes, found.per_node) == machines and found.gpu is gpus.GPUS[text.split()[-1].lower()]
 
 
-@pytest.mark.parametrize("text", ["", "b200", "0 h100", "2x h100", "4x4", "-1 h100", "2 x 99999 h100", "h100 x2"])
+@pytest.mark.parametrize(
+    "text", ["", "b200", "0 h100", "00 h100", "2x h100", "4x4", "-1 h100", "2 x 99999 h100", "h100 x2"]
+)
 def test_machines_that_are_not_known_are_a_mistake(text):
     with pytest.raises(ConfigError, match=r"--gpus is .*(like '2x4 h100'|up to 4096)"):
         gpus.parse(text)
@@ -144,9 +148,57 @@ def test_a_program_is_read():
     assert program.host_traffic(TEXT + '  %d = f32[] custom-call(), custom_call_target="xla_ffi_python_gpu_callback"')
 
 
-@pytest.mark.parametrize("images, largest", [(64, 128), (100, 128), (1000, 128), (128, 128)])
+@pytest.mark.parametrize("images, largest", [(64, 128), (100, 128), (1000, 128), (128, 128), (140, 140)])
 def test_the_largest_batch_is_one_that_fits(images, largest):
     assert largest_batch(lambda batch: 1000 + 10 * batch, images, available=2500) == largest
     assert largest_batch(lambda batch: 3000 + 10 * batch, images, available=2500) == 0
-    # Where memory grows faster than expected, half as many.
-    assert largest_batch(lambda batch: 1000 + 10 * batch + 5000 * (batch == 128), 64, available=2500) == 64
+    # Where memory grows faster than expected, fewer; where it does not grow, at least those that fit.
+    assert largest_batch(lambda batch: 1000 + 10 * batch + 5000 * (batch >= 128), 64, available=2500) == 64
+    assert largest_batch(lambda batch: 1000, images, available=2500) >= images
+    assert largest_batch(lambda batch: 2000, images, available=1500) == 0
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_check_ends_at_once_in_the_middle_of_a_compilation(main, tmp_path, signal_number):
+    birds = {"TMPDIR": str(tmp_path)}
+    process = main("check", *main.tiny, "--config.model.num_layers=8", start_only=True, env=main.environment() | birds)
+    for line in process.stdout:
+        if "compiling" in line:
+            process.send_signal(signal_number)
+            sent = time.monotonic()
+            break
+    assert process.stdout.read().endswith("stopped\n") and process.wait() == 75
+    assert time.monotonic() - sent < 1.5 and not any(tmp_path.iterdir())
+
+
+MISTAKES = {
+    "empty": (["--gpus="], {}, 2, "--gpus is '': it must be like"),
+    "not shared": (["--gpus=3 h100"], {}, 2, "config.batch_size is 8, which 3 GPUs cannot share equally"),
+    "share of memory": ([], {"XLA_CLIENT_MEM_FRACTION": "75%"}, 2, "XLA_CLIENT_MEM_FRACTION is '75%': it must be"),
+    "two shares": (
+        [], {"XLA_CLIENT_MEM_FRACTION": "0.5", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, 2, "the environment has both",
+    ),
+    "below a file": (["--workdir=file/run"], {}, 1, "file is a file, where a run needs a folder"),
+    "other files": (
+        ["--config.data.synthetic=true", "--config.data.root=."], {}, 2, "holds other files: birds are drawn",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_one_line_of_check(main, tmp_path, case):
+    arguments, variables, code, message = MISTAKES[case]
+    (tmp_path / "file").write_text("")
+    done = main("check", *main.tiny, *arguments, env=main.environment() | variables)
+    assert done.returncode == code and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stdout == ""
+
+
+def test_products_that_are_not_needed_are_not_counted():
+    def half(x):
+        return x @ x, (x.T @ x @ x)[0]
+
+    def counted(function):
+        return program.flops_of_products(jax.make_jaxpr(function)(jnp.ones((8, 8))).jaxpr)
+
+    assert counted(half) == 3 * counted(lambda x: half(x)[0]) == 3 * 2 * 8**3

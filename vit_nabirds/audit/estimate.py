@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable
 
-from vit_nabirds.audit.program import Memory
 from vit_nabirds.parallel.gpus import GIB, Machines
 
 # CUDA's context, the libraries' own memory, and NCCL's buffers between GPUs. Not measured: round figures, to the safe
@@ -42,21 +41,24 @@ class Bounds:
         return max(self.products, self.state, self.links)
 
 
-def bounds(machines: Machines, dtype: str, flops: int, memory: Memory, sent: int) -> Bounds:
-    """For a step with so many `flops` and bytes `sent` on each GPU."""
+def bounds(machines: Machines, dtype: str, flops: int, moved: int, sent: int) -> Bounds:
+    """For a step with so many `flops`, bytes `moved` to and from the memory, and bytes `sent`, all of each GPU."""
     gpu = machines.gpu
     within = sent / gpu.link if machines.per_node > 1 else 0.0
     between = sent / (machines.per_node * gpu.network) if machines.nodes > 1 else 0.0
-    return Bounds(flops / gpu.flops[dtype], 2 * memory.arguments / gpu.bandwidth, max(within, between))
+    return Bounds(flops / gpu.flops[dtype], moved / gpu.bandwidth, max(within, between))
 
 
 def largest_batch(used_with: Callable[[int], int], images: int, available: int) -> int:
-    """The largest power of two of images whose step needs no more than the available bytes; 0 if not even one fits."""
+    """So many images of a GPU fit: a power of two, or `images` where that is more; 0 if not even one does."""
     used = used_with(images)
-    other = 4 * images if used <= available else max(1, images // 4)
+    fits = images if used <= available else 0
+    other = 4 * images if fits else max(1, images // 4)
     if other == images:
         return 0
-    per_image = (used_with(other) - used) / (other - images)  # memory grows in proportion, but for XLA's own choices
-    most = int(images + (available - used) / per_image)
+    per_image = max(1.0, (used_with(other) - used) / (other - images))  # in proportion, but for XLA's own choices
+    most = min(int(images + (available - used) / per_image), 2**20)
     best = 2 ** (most.bit_length() - 1) if most >= 1 else 0
-    return best if best == 0 or used_with(best) <= available else best // 2
+    while best > fits and used_with(best) > available:
+        best //= 2
+    return max(best, fits)

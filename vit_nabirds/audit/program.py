@@ -6,6 +6,7 @@ import re
 
 import jax
 from jax.extend.core import Jaxpr
+from jax.interpreters import partial_eval
 
 BYTES = {"f32": 4, "bf16": 2, "f16": 2, "f64": 8, "pred": 1}
 BYTES |= {f"{sign}{8 * size}": size for sign in "su" for size in (1, 2, 4, 8)}
@@ -94,7 +95,12 @@ class Memory:
 
 
 def flops_of_products(jaxpr: Jaxpr) -> int:
-    """Floating-point operations of all matrix products in a traced function; in `shard_map`, of one device."""
+    """Floating-point operations of the products that a traced function needs; in `shard_map`, of one device."""
+    needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _flops(needed)
+
+
+def _flops(jaxpr: Jaxpr) -> int:
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name.startswith("dot_product_attention_"):  # cuDNN's, of (batch, tokens, heads, width)
@@ -107,5 +113,5 @@ def flops_of_products(jaxpr: Jaxpr) -> int:
             total += 2 * math.prod(result) * math.prod(left[axis] for axis in contracted)
         for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
             inner = getattr(value, "jaxpr", value)
-            total += flops_of_products(inner) if hasattr(inner, "eqns") else 0
+            total += _flops(inner) if hasattr(inner, "eqns") else 0
     return total

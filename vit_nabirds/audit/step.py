@@ -37,11 +37,15 @@ def audit(run: Run, options: dict | None, batch_size: int) -> Audit:
     traced = run.trace_step(batch_size)
     compiled = run.compile_step(traced, options)
     text = compiled.as_text()
-    batch = sum(math.prod(x.shape) * x.dtype.itemsize for x in run.batch_shapes(batch_size).values())
+    batch = _bytes(run.batch_shapes(batch_size))
     return Audit(
         Memory.of(compiled), batch // run.mesh.size, program.flops_of_products(traced.jaxpr.jaxpr),
         program.memory_traffic(text), program.collectives(text), program.fused_attentions(text),
     )  # fmt: skip
+
+
+def _bytes(tree: object) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def gib(size: float) -> str:
@@ -55,25 +59,25 @@ def of_run(run: Run, step: Audit) -> Iterator[str]:
     sizes = {path: math.prod(x.shape) for path, x in run.model.shapes.items()}
     config, plan = run.config, run.plan
     trained, state = sum(sizes[path] for path in run.trainable), run.state_shapes()
-    stored = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
+    stored = _bytes(state)
     train, test = len(run.train_split), len(run.test_split)
     yield f"data         {run.model.num_classes} species, {train:,} train and {test:,} test photographs"
     yield f"model        {sum(sizes.values()):,} parameters, {trained:,} of them trained, in {config.compute_dtype}"
     yield (
-        f"run          {plan.total_steps:,} steps of {config.batch_size} photographs, from step {run.start} on; "
+        f"run          {plan.total_steps:,} steps of {config.batch_size:,} photographs, from step {run.start:,} on; "
         f"a checkpoint takes {gib(stored)}"
     )
     attention = "cuDNN" if sum(step.attentions) else "XLA"
     yield f"step         {step.flops / 1e12:.3g} TFLOP in products on each device; attention by {attention}"
-    if not step.collectives:
+    if run.mesh.size == 1:
         yield "collectives  none"
         return
     sent = sum(c.bytes for c in step.collectives)
     hidden = sum(c.bytes for c in step.collectives if c.products)
-    kinds = sorted({f"{c.dtype} {c.kind}" for c in step.collectives if c.bytes > 2**10})
+    kinds = sorted({f"{c.dtype} {c.kind}" for c in step.collectives if c.bytes > sent / 100})
     waits = "" if all(c.asynchronous for c in step.collectives) else ", not all of them asynchronous"
     yield (
-        f"collectives  {len(step.collectives)} ({', '.join(kinds)}), {sent / 2**20:.1f} MiB on each device{waits}; "
+        f"collectives  {len(step.collectives)} ({', '.join(kinds)}), {gib(sent)} on each device{waits}; "
         f"{hidden / sent:.0%} of it beside matrix products"
     )
 
@@ -81,12 +85,15 @@ def of_run(run: Run, step: Audit) -> Iterator[str]:
 def of_gpus(run: Run, step: Audit, machines: Machines) -> Iterator[str]:
     """What holds on these GPUs."""
     sent = sum(c.bytes for c in step.collectives)
-    limits = bounds(machines, run.config.compute_dtype, step.flops, step.memory, sent)
+    state = run.state_shapes()
+    changed = _bytes({path: state.params[path] for path in run.trainable}) + _bytes(state.opt_state)
+    limits = bounds(machines, run.config.compute_dtype, step.flops, step.memory.arguments + changed, sent)
+    network = f" at {machines.gpu.network / 1e9:.0f} GB/s for each GPU between nodes" if machines.nodes > 1 else ""
     yield (
         f"time         at least {1e3 * limits.step:.3g} ms a step: products {1e3 * limits.products:.3g}, "
-        f"state {1e3 * limits.state:.3g}, links {1e3 * limits.links:.3g} ms; at most "
-        f"{run.config.batch_size / limits.step:,.0f} images/s"
+        f"state {1e3 * limits.state:.3g}, links {1e3 * limits.links:.3g} ms{network}"
     )
+    yield f"             at most {run.config.batch_size / limits.step:,.0f} images/s"
     yield (
         f"traffic      {gib(step.traffic)} through the kernels of a GPU: "
         f"{1e3 * step.traffic / machines.gpu.bandwidth:.3g} ms if no cache holds any of it"
@@ -94,16 +101,18 @@ def of_gpus(run: Run, step: Audit, machines: Machines) -> Iterator[str]:
 
 
 def share_of_memory() -> float:
-    """The part of a GPU's memory that JAX takes; ConfigError if the environment has another value than a number."""
-    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):  # the second is its name of old
-        if text := os.environ.get(name):
-            try:
-                if 0 < (share := float(text)) <= 1:
-                    return share
-            except ValueError:
-                pass
-            raise ConfigError(f"{name} is {text!r} in the environment: it must be a number between 0 and 1.")
-    return 0.75
+    """The part of a GPU's memory that JAX takes; ConfigError if the environment has no number there, or two."""
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is its name of old
+    given = [name for name in names if os.environ.get(name)]
+    if len(given) == 2:
+        raise ConfigError(f"the environment has both {given[0]} and {given[1]}: JAX takes one of them alone.")
+    try:
+        share = float(os.environ[given[0]]) if given else 0.75
+    except ValueError:
+        share = math.nan
+    if 0 < share <= 1:
+        return share
+    raise ConfigError(f"{given[0]} is {os.environ[given[0]]!r}: it must be a number above 0 and up to 1.")
 
 
 def judge(run: Run, step: Audit, machines: Machines) -> tuple[list[str], str | None]:
@@ -120,10 +129,10 @@ def judge(run: Run, step: Audit, machines: Machines) -> tuple[list[str], str | N
     lines = [
         f"memory       {gib(step.used)} of a GPU: {gib(step.memory.arguments)} state and batch, "
         f"{gib(step.memory.working)} working memory, {gib(step.next_batch)} next batch",
-        f"             {gib(limit.available)} can be had of {gib(limit.memory)}: JAX takes {share:.0%} "
+        f"             {gib(limit.available)} can be had of {gib(limit.memory)}: JAX takes {100 * share:.3g} % "
         f"(XLA_CLIENT_MEM_FRACTION), CUDA{' and NCCL' if machines.size > 1 else ''} "
         f"{gib(limit.outside)} or so",
-        f"             {images} photographs a GPU, of which {best:,} fit",
+        f"             {images:,} photographs a GPU; up to {best:,} fit",
     ]
     if step.used <= limit.available:
         return lines, None

@@ -1,10 +1,12 @@
 """Say what a training would do and need on described GPUs, before it runs: no device is used, nothing is written."""
 
 import contextlib
+import shutil
 import tempfile
 from pathlib import Path
 
 from vit_nabirds.config import Config
+from vit_nabirds.errors import ConfigError
 
 REQUIRED = ()
 FLAGS = {
@@ -16,20 +18,29 @@ CONFIGURED = True
 
 
 def run(options, group) -> int:
+    """Leaves JAX without devices other than CPUs, to the end of the process."""
+    from vit_nabirds.audit.step import share_of_memory
     from vit_nabirds.commands.train import workdir_of
     from vit_nabirds.parallel import gpus
+    from vit_nabirds.parallel.preemption import ends_at_once
+    from vit_nabirds.training.train import holds_birds, prepare_synthetic
 
     config = Config.read(options.config)
-    machines = gpus.parse(options.gpus) if options.gpus else None
+    machines = None if options.gpus is None else gpus.parse(options.gpus)
+    if machines and config.batch_size % machines.size:
+        raise ConfigError(
+            f"config.batch_size is {config.batch_size}, which {machines.size} GPUs cannot share equally: choose a "
+            f"multiple of {machines.size}."
+        )
+    share_of_memory()
     described = machines is not None and gpus.can_compile()
     gpus.stay_off_devices(machines.size if machines else config.cpu_devices)
     with contextlib.ExitStack() as stack:
-        if config.data.synthetic and not (Path(config.data.root) / "metadata.parquet").exists():
-            from vit_nabirds.training.train import prepare_synthetic
-
-            root = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "birds"
-            prepare_synthetic(root, config.model.image_size)
-            config = config.replace({"data.root": str(root)})
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="vit-nabirds-check-"))
+        stack.enter_context(ends_at_once(lambda: shutil.rmtree(folder, ignore_errors=True)))
+        if config.data.synthetic and not holds_birds(Path(config.data.root)):
+            prepare_synthetic(Path(folder) / "birds", config.model.image_size)
+            config = config.replace({"data.root": str(Path(folder) / "birds")})
         return check(config, workdir_of(options), group, machines, described)
 
 
@@ -57,5 +68,5 @@ def check(config: Config, workdir: Path, group, machines, described: bool) -> in
         print(f"memory       {audits.gib(step.used)} of a device")
     if machines and not described:
         print("This is the CPU's program: for that of the GPUs, run `make gpu-compile` first (BUILD.md).")
-    print(problem or "ready")
+    print(problem or ("ready" if run.start < run.plan.total_steps else "ready, but nothing is left to train"))
     return 1 if problem else 0

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from vit_nabirds.errors import ConfigError
+from vit_nabirds.errors import ConfigError, UserError
 from vit_nabirds.parallel import devices, jax_internals
 
 GIB = 2**30
@@ -99,9 +99,9 @@ class Machines:
 def parse(text: str) -> Machines:
     """'h100', '4 h100' or '2x4 h100', which is two nodes with four each; ConfigError for anything else."""
     found = re.fullmatch(r"\s*(?:(?:(\d+)\s*x\s*)?(\d+)\s+)?([\w-]+)\s*", text.lower())
-    if not found or found[3] not in GPUS or "0" in (found[1], found[2]):
+    nodes, per_node = (int(number or 1) for number in found.group(1, 2)) if found else (0, 0)
+    if not nodes * per_node or found[3] not in GPUS:
         raise ConfigError(f"--gpus is {text!r}: it must be like '2x4 h100' (nodes x GPUs of each); {known()}.")
-    nodes, per_node = (int(number or 1) for number in found.group(1, 2))
     if nodes * per_node > 4096:
         raise ConfigError(f"--gpus is {text!r}: up to 4096 GPUs can be described.")
     return Machines(nodes, per_node, GPUS[found[3]])
@@ -131,8 +131,14 @@ def mesh_of(machines: Machines) -> Mesh:
     """Described devices on the one axis `data`: XLA compiles for them, and nothing can run on them."""
     jax_internals.assume_cudnn()
     shape = f"1x{machines.nodes}x{machines.per_node}"
-    with _quiet():
-        found = topologies.get_topology_desc(platform="cuda", topology=shape, target_config=machines.gpu.for_xla())
+    try:
+        with _quiet():
+            found = topologies.get_topology_desc(platform="cuda", topology=shape, target_config=machines.gpu.for_xla())
+    except NotImplementedError as error:  # as JAX says when the plug-in could not be loaded
+        raise UserError(
+            f"JAX's CUDA plug-in is there, but does not start ({error}): look for a wrong XLA_… variable in the "
+            "environment, and for a plug-in of another version than JAX."
+        ) from None
     return Mesh(np.array(found.devices), ("data",), axis_types=(AxisType.Auto,))
 
 

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Self
 
 from vit_nabirds.errors import say
@@ -78,3 +78,37 @@ class StopRequest:
             if self._speaks:
                 when = f"after {self._busy_with}" if self._busy_with else "at the next safe point"
                 say(f"stopping {when}; a second signal stops at once")
+
+
+@contextlib.contextmanager
+def ends_at_once(clean_up: Callable[[], object]) -> Iterator[None]:
+    """While entered, SIGTERM or Ctrl-C cleans up and ends the process, also in the middle of a compilation.
+
+    For work that leaves nothing behind. Outside the main thread, where Python takes no signals, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+
+    def listen() -> None:
+        while number := os.read(read, 1):
+            if number[0] in SIGNALS:
+                clean_up()
+                say("stopped")
+                os._exit(EXIT_STOPPED)
+
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    previous_pipe = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    previous = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(previous_pipe)
+        os.close(write)
+        thread.join()
+        os.close(read)

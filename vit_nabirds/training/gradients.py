@@ -67,5 +67,7 @@ def forward_again(stage: Callable, parameters: dict[str, jax.Array], x: jax.Arra
 
 def mean(gradients: dict[str, jax.Array], axis: str, dtype: str) -> dict[str, jax.Array]:
     """float32 means over `axis` of float32 gradients, added up in `dtype`."""
+    if jax.lax.axis_size(axis) == 1:
+        return gradients
     narrow = jax.tree.map(lambda x: x.astype(dtype), gradients)
     return jax.tree.map(lambda x: x.astype(jnp.float32), jax.lax.pmean(narrow, axis))

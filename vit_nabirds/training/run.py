@@ -187,7 +187,7 @@ def _resolved(config: Config, architecture: dict, saved: Metadata | None) -> Con
 
 def _check_workdir(workdir: Path) -> None:
     checkpoints, results = workdir / "checkpoints", workdir / "results.json"
-    for folder in (workdir, checkpoints):
+    for folder in (*reversed(workdir.absolute().parents), workdir, checkpoints):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file, where a run needs a folder: use another --workdir.")
     if results.exists() and not (checkpoints.exists() and any(checkpoints.iterdir())):

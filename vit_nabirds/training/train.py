@@ -93,14 +93,19 @@ def train(config: Config, workdir: Path, group: ProcessGroup) -> int:
 
 def prepare_synthetic(root: Path, image_size: int) -> None:
     """Draw an archive of invented photographs and prepare it as `root`, unless that has been done."""
-    if root.is_dir() and any(root.iterdir()) and not (root / "archive").exists():
-        if (root / "metadata.parquet").exists():
-            return
-        raise ConfigError(f"config.data.root is {root}, which holds other files: birds are drawn into a new folder.")
-    if not (root / "metadata.parquet").exists():
+    if not holds_birds(root):
         log.info("drawing photographs of birds into %s", root)
         draw_archive(root / "archive", species=8, train=80, test=30)
         prepare(root / "archive", root, train_size=round(1.2 * image_size), test_size=image_size)
+
+
+def holds_birds(root: Path) -> bool:
+    """Whether it is prepared; ConfigError if it is neither that nor a place for drawn birds."""
+    if (root / "metadata.parquet").exists():
+        return True
+    if root.is_dir() and any(root.iterdir()) and not (root / "archive").exists():
+        raise ConfigError(f"config.data.root is {root}, which holds other files: birds are drawn into a new folder.")
+    return False
 
 
 def introduce(run: Run, tracker: Tracker, group: ProcessGroup) -> None:
