@@ -19,7 +19,7 @@ from vit_nabirds.data.table import read_table, species_names
 from vit_nabirds.models.model import describe
 from vit_nabirds.models.normalization import to_float, zscore
 from vit_nabirds.models.pretrained.checkpoint import open_checkpoint
-from vit_nabirds.training.step import loss_fn
+from vit_nabirds.recipe.loss import cross_entropy
 
 PARAMETERS = ["encoder/layers/0/attn/query/kernel", "encoder/layers/6/mlp/layers/0/kernel", "final_norm/scale"]
 
@@ -37,7 +37,7 @@ def gradients(name: str, folder: Path, count: int) -> dict[str, np.ndarray]:
     def gradient(image: jax.Array, label: jax.Array) -> list[jax.Array]:
         pixels = zscore(to_float(image[None]), checkpoint.normalization)
         chosen = {path: params[path] for path in PARAMETERS}
-        found = jax.grad(lambda own: loss_fn(model.logits(params | own, pixels), label[None])[0])(chosen)
+        found = jax.grad(lambda own: cross_entropy(model.logits(params | own, pixels), label[None])[0])(chosen)
         return [found[path].ravel() for path in PARAMETERS]
 
     rows = np.linspace(0, len(photographs) - 1, count).astype(int)

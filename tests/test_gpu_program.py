@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -165,10 +164,10 @@ def test_check_ends_at_once_in_the_middle_of_a_compilation(main, tmp_path, signa
     for line in process.stdout:
         if "compiling" in line:
             process.send_signal(signal_number)
-            sent = time.monotonic()
             break
-    assert process.stdout.read().endswith("stopped\n") and process.wait() == 75
-    assert time.monotonic() - sent < 1.5 and not any(tmp_path.iterdir())
+    rest = process.stdout.read()
+    assert rest.endswith("stopped\n") and "compiled in" not in rest and process.wait() == 75
+    assert not any(tmp_path.iterdir())
 
 
 MISTAKES = {

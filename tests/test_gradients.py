@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from vit_nabirds.models.model import describe
+from vit_nabirds.recipe.loss import cross_entropy
 from vit_nabirds.training.gradients import loss_and_gradients
-from vit_nabirds.training.step import loss_fn
 
 SHAPE = dict(image_size=16, patch_size=8, num_layers=2, num_heads=2, mlp_dim=32, hidden_size=16)
 IMAGES, LABELS = jax.random.normal(jax.random.key(1), (4, 16, 16, 3)), jnp.arange(4)
@@ -26,14 +26,14 @@ def parameters(model):
 
 def shared(model, trainable, num_devices, dtype="float32"):
     mesh = Mesh(jax.devices()[:num_devices], ("data",))
-    function = functools.partial(loss_and_gradients, model, loss_fn, trainable, axis="data", dtype=dtype)
+    function = functools.partial(loss_and_gradients, model, cross_entropy, trainable, axis="data", dtype=dtype)
     specs = dict(in_specs=(P(), P("data"), P("data"), P("data")), out_specs=P())
     return jax.jit(jax.shard_map(function, mesh=mesh, **specs, check_vma=False))
 
 
 def plain(model, trainable):
     def loss_of(params, rest):
-        return loss_fn(model.logits(rest | params, IMAGES, KEYS), LABELS)
+        return cross_entropy(model.logits(rest | params, IMAGES, KEYS), LABELS)
 
     params = parameters(model)
     (loss, metrics), gradients = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(

@@ -129,7 +129,7 @@ class Config:
     checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
     log_every: int = _field(50, "steps", POSITIVE)
     profile: StepRange = _field("", "'10-12' writes a trace of these steps into the workdir's tensorboard/", STEP_RANGE)
-    remat: bool = _field(False, "compute activations again in the backward pass: less memory, a third more work")
+    remat: bool = _field(False, "compute activations again in the backward pass: less memory, up to a third more work")
 
     @classmethod
     def read(cls, values: Mapping) -> Self:

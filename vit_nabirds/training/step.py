@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from vit_nabirds.models.model import Model
 from vit_nabirds.models.normalization import Normalization, zscore
 from vit_nabirds.recipe.augmentation import augment
+from vit_nabirds.recipe.loss import cross_entropy
 from vit_nabirds.training.gradients import loss_and_gradients
 from vit_nabirds.training.state import TrainState
 
@@ -28,12 +29,6 @@ def checksum(rows: jax.Array) -> jax.Array:
     return jnp.sum(odd * (rows.astype(jnp.uint32) + 1))
 
 
-def loss_fn(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Cross-entropy of float32 logits (batch, classes) and what else is reported; means over the batch."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return losses.mean(), {"train/accuracy": jnp.mean(jnp.argmax(logits, -1) == labels)}
-
-
 def make_train_step(
     model: Model,
     tx: optax.GradientTransformation,
@@ -47,7 +42,7 @@ def make_train_step(
     """Jitted (state, batch) -> (state, metrics). The state is donated; metrics are means over the global batch."""
     crop = model.architecture["image_size"]
     gradients_of = jax.shard_map(
-        functools.partial(loss_and_gradients, model, loss_fn, trainable, axis="data", dtype=gradient_dtype),
+        functools.partial(loss_and_gradients, model, cross_entropy, trainable, axis="data", dtype=gradient_dtype),
         mesh=mesh, in_specs=(P(), P("data"), P("data"), P("data")), out_specs=P(),
         check_vma=False,  # it takes what a barrier returns for different on each device
     )  # fmt: skip
