@@ -20,12 +20,11 @@ from typing import NamedTuple
 
 from benchmarks import contest, loops, steps
 from benchmarks.gpu_turns import take_turns
+from vit_nabirds.parallel.gpus import peak_of
 
 DEADLINE = time.monotonic() + 510  # of the whole command, which has just started
 AT_ONCE = min(4, max(2, (os.cpu_count() or 1) // 4))  # processes that prepare or measure
 
-# TFLOP/s of dense products of bfloat16 (NVIDIA's data sheets); for float32, which is TF32, see steps.py.
-PEAK = {"A100": 312, "H100": 989, "H200": 989, "L40S": 362}
 COLUMNS = [
     "images/s", "slowest round", "fastest round", "MFU %", "host ms", "peak GB", "predicted GB", "peak ÷ predicted",
     "attention",
@@ -176,10 +175,9 @@ def _steps(cases: list[Case], card: dict, torch_python: str, quick: bool) -> dic
     rows = take_turns(jobs, AT_ONCE if shared else 1, DEADLINE, _report)
     for name, row in rows.items():
         case, speed = cases_of[name], row.get("images/s")
-        peaks = PEAK if case.dtype == "bfloat16" else steps.PEAK
-        peak = next((peak for name, peak in peaks.items() if name in card["card"]), None)
+        peak = peak_of(card["card"], case.dtype)
         if peak and isinstance(speed, float):
-            row["MFU %"] = 100 * speed * steps.flops_of_model(case.shape) / (1e12 * peak)
+            row["MFU %"] = 100 * speed * steps.flops_of_model(case.shape) / peak
     return rows
 
 

@@ -9,10 +9,6 @@ SPEED = ["ours", "ours on 2 devices", "seed: nnx.jit", "Hugging Face Flax", "tor
 HOST = ["ours", "seed: nnx.jit"]
 
 
-# TFLOP/s of dense products of float32 rounded to TF32, JAX's default on these GPUs (NVIDIA's data sheets).
-PEAK = {"A100": 156, "H100": 495, "H200": 495, "L40S": 183}
-
-
 def flops_of_model(shape: dict) -> int:
     """Of the products of all blocks for all tokens of one image, forwards and backwards."""
     width, patches = shape["hidden_size"], (shape["image_size"] // shape["patch_size"]) ** 2
@@ -25,9 +21,11 @@ def _of_gpu(shape: dict, images_per_second: float) -> dict:
     jax = sys.modules.get("jax")
     if jax is None or jax.default_backend() != "gpu":
         return {}
+    from vit_nabirds.parallel.gpus import peak_of
+
     device = jax.devices()[0]
-    peak = next((peak for name, peak in PEAK.items() if name in device.device_kind), float("nan"))
-    mfu = images_per_second * flops_of_model(shape) / (1e12 * peak * jax.device_count())
+    peak = peak_of(device.device_kind, "float32") or float("nan")
+    mfu = images_per_second * flops_of_model(shape) / (peak * jax.device_count())
     return {"peak GB": device.memory_stats()["peak_bytes_in_use"] / 1e9, "MFU": mfu}
 
 

@@ -172,7 +172,7 @@ def test_check_ends_at_once_in_the_middle_of_a_compilation(main, tmp_path, signa
 
 MISTAKES = {
     "empty": (["--gpus="], {}, 2, "--gpus is '': it must be like"),
-    "not shared": (["--gpus=3 h100"], {}, 2, "config.batch_size is 8, which 3 GPUs cannot share equally"),
+    "not shared": (["--gpus=3 h100"], {}, 2, "config.batch_size is 8, which 3 devices cannot share equally"),
     "share of memory": ([], {"XLA_CLIENT_MEM_FRACTION": "75%"}, 2, "XLA_CLIENT_MEM_FRACTION is '75%': it must be"),
     "two shares": (
         [], {"XLA_CLIENT_MEM_FRACTION": "0.5", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, 2, "the environment has both",

@@ -14,17 +14,17 @@ CUDA, NCCL = int(1.0 * GIB), int(0.75 * GIB)
 class Budget:
     """Bytes of a GPU that a step may use: what JAX sets aside at its start."""
 
-    memory: int  # of the GPU
-    share: float  # that JAX takes, XLA_CLIENT_MEM_FRACTION
-    outside: int  # for CUDA and NCCL
+    machines: Machines
+    share: float  # of the memory that JAX takes, XLA_CLIENT_MEM_FRACTION
+
+    @property
+    def outside(self) -> int:
+        return CUDA + NCCL * (self.machines.size > 1)
 
     @property
     def available(self) -> int:
-        return min(int(self.share * self.memory), self.memory - self.outside)
-
-
-def budget(machines: Machines, share: float) -> Budget:
-    return Budget(machines.gpu.memory, share, CUDA + NCCL * (machines.size > 1))
+        memory = self.machines.gpu.memory
+        return min(int(self.share * memory), memory - self.outside)
 
 
 @dataclasses.dataclass(frozen=True)

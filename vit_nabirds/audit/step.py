@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import jax
 
 from vit_nabirds.audit import program
-from vit_nabirds.audit.estimate import bounds, budget, largest_batch
+from vit_nabirds.audit.estimate import Budget, bounds, largest_batch
 from vit_nabirds.audit.program import Collective, Memory
 from vit_nabirds.errors import ConfigError
 from vit_nabirds.parallel.gpus import GIB, OPTIONS, Machines
@@ -30,6 +30,10 @@ class Audit:
     @property
     def used(self) -> int:
         return self.memory.total + self.next_batch
+
+    @property
+    def sent(self) -> int:
+        return sum(c.bytes for c in self.collectives)
 
 
 def audit(run: Run, options: dict | None, batch_size: int) -> Audit:
@@ -58,8 +62,7 @@ def of_run(run: Run, step: Audit) -> Iterator[str]:
     """What holds on any device: lines of the report."""
     sizes = {path: math.prod(x.shape) for path, x in run.model.shapes.items()}
     config, plan = run.config, run.plan
-    trained, state = sum(sizes[path] for path in run.trainable), run.state_shapes()
-    stored = _bytes(state)
+    trained, stored = sum(sizes[path] for path in run.trainable), _bytes(run.state_shapes())
     train, test = len(run.train_split), len(run.test_split)
     yield f"data         {run.model.num_classes} species, {train:,} train and {test:,} test photographs"
     yield f"model        {sum(sizes.values()):,} parameters, {trained:,} of them trained, in {config.compute_dtype}"
@@ -72,22 +75,20 @@ def of_run(run: Run, step: Audit) -> Iterator[str]:
     if run.mesh.size == 1:
         yield "collectives  none"
         return
-    sent = sum(c.bytes for c in step.collectives)
     hidden = sum(c.bytes for c in step.collectives if c.products)
-    kinds = sorted({f"{c.dtype} {c.kind}" for c in step.collectives if c.bytes > sent / 100})
+    kinds = sorted({f"{c.dtype} {c.kind}" for c in step.collectives if c.bytes > step.sent / 100})
     waits = "" if all(c.asynchronous for c in step.collectives) else ", not all of them asynchronous"
     yield (
-        f"collectives  {len(step.collectives)} ({', '.join(kinds)}), {gib(sent)} on each device{waits}; "
-        f"{hidden / sent:.0%} of it beside matrix products"
+        f"collectives  {len(step.collectives)} ({', '.join(kinds)}), {gib(step.sent)} on each device{waits}; "
+        f"{hidden / step.sent:.0%} of it beside matrix products"
     )
 
 
 def of_gpus(run: Run, step: Audit, machines: Machines) -> Iterator[str]:
     """What holds on these GPUs."""
-    sent = sum(c.bytes for c in step.collectives)
     state = run.state_shapes()
     changed = _bytes({path: state.params[path] for path in run.trainable}) + _bytes(state.opt_state)
-    limits = bounds(machines, run.config.compute_dtype, step.flops, step.memory.arguments + changed, sent)
+    limits = bounds(machines, run.config.compute_dtype, step.flops, step.memory.arguments + changed, step.sent)
     network = f" at {machines.gpu.network / 1e9:.0f} GB/s for each GPU between nodes" if machines.nodes > 1 else ""
     yield (
         f"time         at least {1e3 * limits.step:.3g} ms a step: products {1e3 * limits.products:.3g}, "
@@ -117,8 +118,7 @@ def share_of_memory() -> float:
 
 def judge(run: Run, step: Audit, machines: Machines) -> tuple[list[str], str | None]:
     """Lines on the memory of a GPU, and what to change, if anything."""
-    share = share_of_memory()
-    limit = budget(machines, share)
+    limit = Budget(machines, share_of_memory())
     images = run.config.batch_size // machines.size
 
     @functools.cache
@@ -129,8 +129,8 @@ def judge(run: Run, step: Audit, machines: Machines) -> tuple[list[str], str | N
     lines = [
         f"memory       {gib(step.used)} of a GPU: {gib(step.memory.arguments)} state and batch, "
         f"{gib(step.memory.working)} working memory, {gib(step.next_batch)} next batch",
-        f"             {gib(limit.available)} can be had of {gib(limit.memory)}: JAX takes {100 * share:.3g} % "
-        f"(XLA_CLIENT_MEM_FRACTION), CUDA{' and NCCL' if machines.size > 1 else ''} "
+        f"             {gib(limit.available)} can be had of {gib(machines.gpu.memory)}: JAX takes "
+        f"{100 * limit.share:.3g} % (XLA_CLIENT_MEM_FRACTION), CUDA{' and NCCL' if machines.size > 1 else ''} "
         f"{gib(limit.outside)} or so",
         f"             {images:,} photographs a GPU; up to {best:,} fit",
     ]

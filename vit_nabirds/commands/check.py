@@ -6,7 +6,6 @@ import tempfile
 from pathlib import Path
 
 from vit_nabirds.config import Config
-from vit_nabirds.errors import ConfigError
 
 REQUIRED = ()
 FLAGS = {
@@ -23,15 +22,13 @@ def run(options, group) -> int:
     from vit_nabirds.commands.train import workdir_of
     from vit_nabirds.parallel import gpus
     from vit_nabirds.parallel.preemption import ends_at_once
+    from vit_nabirds.training.run import check_batch_size
     from vit_nabirds.training.train import holds_birds, prepare_synthetic
 
     config = Config.read(options.config)
     machines = None if options.gpus is None else gpus.parse(options.gpus)
-    if machines and config.batch_size % machines.size:
-        raise ConfigError(
-            f"config.batch_size is {config.batch_size}, which {machines.size} GPUs cannot share equally: choose a "
-            f"multiple of {machines.size}."
-        )
+    if machines:  # also where there are fewer CPU devices to compile for
+        check_batch_size(config.batch_size, machines.size)
     share_of_memory()
     described = machines is not None and gpus.can_compile()
     gpus.stay_off_devices(machines.size if machines else config.cpu_devices)

@@ -101,14 +101,17 @@ def parse(text: str) -> Machines:
     found = re.fullmatch(r"\s*(?:(?:(\d+)\s*x\s*)?(\d+)\s+)?([\w-]+)\s*", text.lower())
     nodes, per_node = (int(number or 1) for number in found.group(1, 2)) if found else (0, 0)
     if not nodes * per_node or found[3] not in GPUS:
-        raise ConfigError(f"--gpus is {text!r}: it must be like '2x4 h100' (nodes x GPUs of each); {known()}.")
+        names = ", ".join(sorted(GPUS))
+        raise ConfigError(f"--gpus is {text!r}: it must be like '2x4 h100' (nodes x GPUs of each); known are {names}.")
     if nodes * per_node > 4096:
         raise ConfigError(f"--gpus is {text!r}: up to 4096 GPUs can be described.")
     return Machines(nodes, per_node, GPUS[found[3]])
 
 
-def known() -> str:
-    return f"known are {', '.join(sorted(GPUS))}"
+def peak_of(device_kind: str, dtype: str) -> float | None:
+    """FLOP/s of dense products of a GPU as JAX names it; None if it is not among these."""
+    names = {name.partition("-")[0].upper(): gpu for name, gpu in GPUS.items()}
+    return next((gpu.flops[dtype] for name, gpu in names.items() if name in device_kind), None)
 
 
 def can_compile() -> bool:
@@ -139,7 +142,7 @@ def mesh_of(machines: Machines) -> Mesh:
             f"JAX's CUDA plug-in is there, but does not start ({error}): look for a wrong XLA_… variable in the "
             "environment, and for a plug-in of another version than JAX."
         ) from None
-    return Mesh(np.array(found.devices), ("data",), axis_types=(AxisType.Auto,))
+    return _mesh(found.devices)
 
 
 @contextlib.contextmanager
@@ -157,7 +160,11 @@ def _quiet() -> Iterator[None]:
 
 def mesh_of_cpus(count: int) -> Mesh:
     """As many CPU devices on the one axis `data`."""
-    return Mesh(np.array(jax.devices()[:count]), ("data",), axis_types=(AxisType.Auto,))
+    return _mesh(jax.devices()[:count])
+
+
+def _mesh(found: list[jax.Device]) -> Mesh:
+    return Mesh(np.array(found), ("data",), axis_types=(AxisType.Auto,))
 
 
 # XLA chooses between Triton's and cuBLAS's products by trying both on the GPU.

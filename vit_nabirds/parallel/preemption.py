@@ -30,28 +30,12 @@ class StopRequest:
         self._speaks = speaks
 
     def __enter__(self) -> Self:
-        self._takes_signals = threading.current_thread() is threading.main_thread()
-        if not self._takes_signals:
-            return self
-        # A thread reads the signals from a pipe: the main one may be deep in a compilation or a collective. The handler
-        # is for signals that an event loop of a library takes from the pipe meanwhile.
-        self._read, self._write = os.pipe()
-        os.set_blocking(self._write, False)
-        self._thread = threading.Thread(target=self._listen, daemon=True)
-        self._thread.start()
-        self._previous_pipe = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._previous = {number: signal.signal(number, self._request) for number in SIGNALS}
+        self._hearing = _hearing(self._heard, self._request)
+        self._hearing.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self._takes_signals:
-            return
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._previous_pipe)
-        os.close(self._write)
-        self._thread.join()
-        os.close(self._read)
+        self._hearing.__exit__(None, None, None)
 
     @contextlib.contextmanager
     def waits_for(self, work: str) -> Iterator[None]:
@@ -60,16 +44,13 @@ class StopRequest:
         yield
         self._busy_with = ""
 
-    def _listen(self) -> None:
-        while number := os.read(self._read, 1):
-            if number[0] not in SIGNALS:
-                continue
-            if self.requested and time.monotonic() - self.since > 1:
-                say("stopped at once: the same command goes on from the last complete checkpoint")
-                for worker in multiprocessing.active_children():
-                    worker.kill()
-                os.kill(os.getpid(), signal.SIGKILL)  # no exit code: Slurm takes such a job back into the queue
-            self._request()
+    def _heard(self) -> None:
+        if self.requested and time.monotonic() - self.since > 1:
+            say("stopped at once: the same command goes on from the last complete checkpoint")
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            os.kill(os.getpid(), signal.SIGKILL)  # no exit code: Slurm takes such a job back into the queue
+        self._request()
 
     def _request(self, *_: object) -> None:
         if not self.requested:
@@ -86,6 +67,23 @@ def ends_at_once(clean_up: Callable[[], object]) -> Iterator[None]:
 
     For work that leaves nothing behind. Outside the main thread, where Python takes no signals, nothing changes.
     """
+
+    def end(*_: object) -> None:
+        clean_up()
+        say("stopped")
+        os._exit(EXIT_STOPPED)
+
+    with _hearing(end, end):
+        yield
+
+
+@contextlib.contextmanager
+def _hearing(heard: Callable[[], None], handler: Callable[..., None]) -> Iterator[None]:
+    """While entered, SIGTERM and Ctrl-C call `heard` in a thread that reads them from a pipe.
+
+    The main thread may be deep in a compilation or a collective. The handler is for signals that an event loop of a
+    library takes from the pipe meanwhile.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -95,14 +93,12 @@ def ends_at_once(clean_up: Callable[[], object]) -> Iterator[None]:
     def listen() -> None:
         while number := os.read(read, 1):
             if number[0] in SIGNALS:
-                clean_up()
-                say("stopped")
-                os._exit(EXIT_STOPPED)
+                heard()
 
     thread = threading.Thread(target=listen, daemon=True)
     thread.start()
     previous_pipe = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    previous = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+    previous = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield
     finally:

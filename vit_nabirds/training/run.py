@@ -123,11 +123,7 @@ def prepare_run(config: Config, workdir: Path, group: ProcessGroup, mesh: jax.sh
     check_workers(config.data.workers)
     devices.split_cpu(config.cpu_devices)
     mesh = mesh or devices.make_mesh()
-    if config.batch_size % mesh.size:
-        raise ConfigError(
-            f"config.batch_size is {config.batch_size}, which {mesh.size} devices cannot share equally: choose a "
-            f"multiple of {mesh.size}."
-        )
+    check_batch_size(config.batch_size, mesh.size)
 
     root = Path(config.data.root)
     table = read_table(root)
@@ -168,6 +164,15 @@ def prepare_run(config: Config, workdir: Path, group: ProcessGroup, mesh: jax.sh
     selection.forget_after(run.start)
     _check_agreement(run, group)
     return run
+
+
+def check_batch_size(batch_size: int, num_devices: int) -> None:
+    """ConfigError if the devices cannot share a batch equally."""
+    if batch_size % num_devices:
+        raise ConfigError(
+            f"config.batch_size is {batch_size}, which {num_devices} devices cannot share equally: choose a multiple "
+            f"of {num_devices}."
+        )
 
 
 def _resolved(config: Config, architecture: dict, saved: Metadata | None) -> Config:
