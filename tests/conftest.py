@@ -26,12 +26,12 @@ SHARED = Path(os.environ.get("VIT_NABIRDS_SHARED", REPOSITORY.parent / "shared")
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory) -> Path:
-    """40 train and 15 test images of 4 species, 20 and 16 px: 15 does not divide by the batch of 8."""
+    """48 train and 15 test images of 4 species, 20 and 16 px: 15 does not divide by the batch of 8."""
     from vit_nabirds.data.prepare import prepare
     from vit_nabirds.data.synthetic import draw_archive
 
     folder = tmp_path_factory.mktemp("birds")
-    draw_archive(folder / "archive", species=4, train=10, test=4, size=(40, 60))
+    draw_archive(folder / "archive", species=4, train=12, test=4, size=(40, 60))
     drop_last_test_image(folder / "archive")
     prepare(folder / "archive", folder / "prepared", train_size=20, test_size=16)
     return folder / "prepared"
@@ -48,7 +48,7 @@ def drop_last_test_image(archive: Path) -> None:
 
 @pytest.fixture
 def tiny_config(prepared):
-    """A run of 20 steps of 8 images with a ViT of two small blocks."""
+    """A run of 20 steps of 8 images with a ViT of two small blocks, on 40 images; 8 are held out."""
     from tiny_config import get_config
 
     config = get_config()

@@ -155,7 +155,7 @@ def test_an_export_loads_with_the_same_logits_and_exports_to_the_same_files(mode
     expected = logits(architecture, params, pixels, 3)
     for name in ("first", "second"):
         normalization = Normalization()
-        save_checkpoint(tmp_path / name, architecture, params, ["a", "b", "c"], normalization)
+        save_checkpoint(tmp_path / name, architecture, params, ["a", "b", "c"], normalization, "box")
         architecture, params = load(tmp_path / name)
         np.testing.assert_allclose(logits(architecture, params, pixels, 3), expected, atol=1e-5)
     for file in ("config.json", "model.safetensors", "preprocessor_config.json"):

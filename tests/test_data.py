@@ -10,16 +10,20 @@ import polars as pl
 import pytest
 import simplejpeg
 from PIL import Image
+from tiny_config import VALIDATION
 
 from vit_nabirds.data import batches
 from vit_nabirds.data.photographs import check_labels, open_split
-from vit_nabirds.data.table import fingerprint, read_table, species_names
+from vit_nabirds.data.prepare import prepare
+from vit_nabirds.data.synthetic import draw_archive
+from vit_nabirds.data.table import class_names, fingerprint, read_table
+from vit_nabirds.data.unread import Unread
 from vit_nabirds.errors import ConfigError, UserError
 
 
 @pytest.fixture
 def train_split(prepared):
-    return open_split(prepared, read_table(prepared), train=True)
+    return open_split(prepared, read_table(prepared, validation=VALIDATION), "train")
 
 
 @pytest.fixture
@@ -32,11 +36,11 @@ def shard_of(host, hosts):
     return grain.sharding.ShardOptions(host, hosts, drop_remainder=True)
 
 
-def take(split, steps, hosts=1, start=0, workers=0, seed=0, batch_size=8):
+def take(split, steps, hosts=1, start=0, workers=0, seed=0, batch_size=8, skip=False):
     """The global batches of `steps` steps: the blocks of all hosts end to end."""
     blocks = []
     for host in range(hosts):
-        iterator = batches.train_batches(split, batch_size, seed, start, workers, shard_of(host, hosts))
+        iterator = batches.train_batches(split, batch_size, seed, start, workers, shard_of(host, hosts), skip)
         blocks.append([next(iterator) for _ in range(steps)])
         iterator.close()
     return [
@@ -87,21 +91,21 @@ def test_image_label_and_row_belong_together(train_split, prepared):
     table = read_table(prepared)
     batch = take(train_split, 1)[0]
     for image, label, row in zip(batch["image"], batch["label"], batch["row"], strict=True):
-        assert table["species_id"][int(row)] == label
+        assert table["label"][int(row)] == label
         file = prepared / "cleaned_images" / table["path"][int(row)]
         assert np.array_equal(image, simplejpeg.decode_jpeg(file.read_bytes()))
 
 
 @pytest.mark.parametrize("hosts, batch_size", [(1, 8), (2, 8), (4, 16), (1, 15)])
 def test_evaluation_sees_every_test_image_once(prepared, hosts, batch_size):
-    split = open_split(prepared, read_table(prepared), train=False)
+    split = open_split(prepared, read_table(prepared), "test")
     rows, shapes = [], set()
     for host in range(hosts):
-        for batch in batches.test_batches(split, batch_size, 0, shard_of(host, hosts)):
+        for batch in batches.eval_batches(split, batch_size, 0, shard_of(host, hosts)):
             rows += batch["row"][batch["mask"] == 1].tolist()
             shapes.add(batch["image"].shape)
             assert batch["mask"].dtype == np.float32
-            assert (batch["row"][batch["mask"] == 0] == split.rows[0]).all()
+            assert (batch["row"][batch["mask"] == 0] == -1).all()
     assert sorted(rows) == sorted(split.rows) and len(rows) == 15
     assert shapes == {(batch_size // hosts, 16, 16, 3)}  # one shape: nothing is compiled twice
 
@@ -151,16 +155,68 @@ def test_course_folder_gets_contiguous_labels(copied):
     assert table["species_id"].n_unique() == 5 and table["species_id"].min() == 1
     table.write_parquet(file)
     remade = read_table(copied)
-    assert sorted(remade["species_id"].unique()) == [0, 1, 2, 3]
-    assert len(species_names(remade)) == 4
-    assert len(open_split(copied, remade, train=True)) == 40
+    assert sorted(remade["label"].unique()) == [0, 1, 2, 3]
+    assert len(class_names(remade)) == 4
+    assert len(open_split(copied, remade, "train")) == 48
+
+
+def test_the_courses_folder_without_settings_or_checksums(copied):
+    """Sizes come from the first image of a split; a photograph that is held out is the middle of its image."""
+    (copied / "prepared.json").unlink()
+    file = copied / "metadata.parquet"
+    pl.read_parquet(file).select("path", "species_name", "photographer", "is_training_img").write_parquet(file)
+    table = read_table(copied, validation=VALIDATION)
+    train, held, test = (open_split(copied, table, split) for split in ("train", "validation", "test"))
+    assert (train.size, held.size, test.size) == (20, 16, 16) and (len(train), len(held)) == (40, 8)
+    image = simplejpeg.decode_jpeg((copied / "cleaned_images" / held.path(0)).read_bytes())
+    assert np.array_equal(image_of(held, 0), image[2:18, 2:18])
+    with pytest.raises(ConfigError, match="config.data.label is 'category', but .* has no column 'subcategory'"):
+        read_table(copied, "category")
+
+
+def test_categories_are_labels_too(prepared):
+    species, categories = (class_names(read_table(prepared, label)) for label in ("species", "category"))
+    assert len(species) == 4 and len(categories) == 6  # two of them are drawn in two plumages
+    assert {name.partition(" (")[0] for name in categories} == set(species)
+    assert categories == sorted(categories)
+
+
+def image_of(split, index):
+    split.read(index, image := np.empty((split.size, split.size, 3), np.uint8))
+    return image
+
+
+def test_a_photograph_that_is_held_out_looks_like_a_test_image(tmp_path):
+    """The bird alone, as large as the square, though a training image shows a margin around it."""
+    draw_archive(tmp_path / "a", species=2, train=10, test=1, size=(90, 160))
+    sizes = {"train_size": 134, "test_size": 112}
+    prepare(tmp_path / "a", tmp_path / "p", **sizes)
+    table = read_table(tmp_path / "p", validation=0.2)
+    held = open_split(tmp_path / "p", table, "validation")
+    assert len(held) == 4 and not set(held.rows) & set(open_split(tmp_path / "p", table, "train").rows)
+
+    # The same archive, in which they are test photographs.
+    ids = dict(line.split()[::-1] for line in (tmp_path / "a" / "images.txt").read_text().splitlines())
+    file = tmp_path / "a" / "train_test_split.txt"
+    tested = [ids[held.path(index)] for index in range(len(held))]
+    rows = [f"{key} {0 if key in tested else value}\n" for key, value in map(str.split, file.read_text().splitlines())]
+    file.write_text("".join(rows))
+    prepare(tmp_path / "a", tmp_path / "q", **sizes)
+    test = open_split(tmp_path / "q", read_table(tmp_path / "q"), "test")
+    places = {test.path(index): index for index in range(len(test))}
+    for index in range(len(held)):
+        expected = image_of(test, places[held.path(index)]).astype(int)
+        assert np.abs(expected - image_of(held, index)).mean() < 6
+    left, top, width, height = held.birds[0]
+    assert max(width, height) < 120  # of 134: there is a margin
 
 
 def test_fingerprint_depends_on_the_table_not_on_the_folder(copied, prepared):
     table = read_table(prepared)
     assert fingerprint(copied, read_table(copied)) == fingerprint(prepared, table)
-    moved = table.with_columns(is_training_img=~pl.col("is_training_img"))
-    assert fingerprint(prepared, moved) != fingerprint(prepared, table)
+    moved = table.with_columns(split=pl.lit("train"))
+    others = [moved, read_table(prepared, validation=VALIDATION), read_table(prepared, "category")]
+    assert len({fingerprint(prepared, other) for other in [table, *others]}) == 4
 
 
 def test_out_of_range_label_is_an_error(train_split):
@@ -180,74 +236,97 @@ def damage_not_an_image(file):
     file.write_bytes(b"hello")
 
 
-def grow(file):
+def damage_other_size(file):
     Image.new("RGB", (30, 20)).save(file, "JPEG")
 
 
-def shrink(file):
-    Image.new("RGB", (10, 20)).save(file, "JPEG")
+def damage_inside(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
-def grow_a_png(file):
-    Image.new("RGB", (30, 20)).save(file, "PNG")
-
-
-@pytest.mark.parametrize("change, shape", [(grow, "20, 30"), (shrink, "20, 10"), (grow_a_png, "20, 30")])
-def test_an_image_whose_size_changes_later_is_an_error(copied, change, shape):
-    split = open_split(copied, read_table(copied), train=True)
-    change(copied / "cleaned_images" / split.images.paths[0])
-    with pytest.raises(UserError, match=rf"{split.images.paths[0]} is \({shape}\) px, unlike the other images"):
-        take(split, 5)
-
-
-def test_other_formats_than_jpeg_are_read_too(copied):
-    table = read_table(copied)
-    file = copied / "cleaned_images" / table.filter("is_training_img")["path"][0]
-    pixels = simplejpeg.decode_jpeg(file.read_bytes())
-    Image.fromarray(pixels).save(file, "PNG")
-    split = open_split(copied, table, train=True)
-    assert np.array_equal(split.read([0])["image"][0], pixels)
-    Image.fromarray(pixels[..., 0]).save(file, "PNG")
-    assert (split.read([0])["image"][0] == pixels[..., :1]).all()
-    Image.fromarray(pixels[..., 0].astype(np.uint16)).save(file, "PNG")
-    with pytest.raises(UserError, match="more than 8 bits a pixel"):
-        split.read([0])
-
-
-def damage_other_size(file):
-    Image.new("RGB", (30, 30)).save(file, "JPEG")
-
-
-@pytest.mark.parametrize(
-    "damage, message",
-    [
-        (damage_missing, "is missing"),
-        (damage_truncated, "truncated"),
-        (damage_not_an_image, "cannot be read"),
-        (damage_other_size, r"\(30, 30\) px"),
-    ],
-)
-def test_damaged_image_is_found_before_training(copied, damage, message):
-    table = read_table(copied)
-    path = table.filter("is_training_img")["path"][5]
-    damage(copied / "cleaned_images" / path)
-    with pytest.raises(UserError, match=message) as error:
-        open_split(copied, table, train=True)
-    assert path in str(error.value)
+DAMAGES = {
+    damage_missing: "No such file",
+    damage_truncated: "not what `prepare` wrote",
+    damage_not_an_image: "not what `prepare` wrote",
+    damage_other_size: "not what `prepare` wrote",
+    damage_inside: "not what `prepare` wrote",
+}
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_image_damaged_inside_is_an_error_that_names_it(copied, workers):
-    table = read_table(copied)
-    path = table.filter("is_training_img")["path"][0]
-    file = copied / "cleaned_images" / path
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2 :] = content[len(content) // 2 : -40] + b"\xff\xd9"  # its end is there, its middle not
-    file.write_bytes(content)
-    split = open_split(copied, table, train=True)
-    with pytest.raises(UserError, match="cannot be read") as error:
-        take(split, 5, workers=workers)
-    assert path in str(error.value)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_image_that_has_changed_is_an_error_that_names_it(copied, damage, workers):
+    split = open_split(copied, read_table(copied), "train")
+    damage(copied / "cleaned_images" / split.path(5))
+    with pytest.raises(UserError, match=rf"{split.path(5)} cannot be read .*{DAMAGES[damage]}"):
+        take(split, 6, workers=workers)
+
+
+def test_without_checksums_size_and_contents_are_still_checked(copied):
+    file = copied / "metadata.parquet"
+    pl.read_parquet(file).drop("crc32").write_parquet(file)
+    split = open_split(copied, read_table(copied), "train")
+    image, file = image_of(split, 0), copied / "cleaned_images" / split.path(0)
+    Image.fromarray(image).save(file, "PNG")  # whatever the name says
+    assert np.array_equal(image_of(split, 0), image)
+    for damage, message in (
+        (damage_other_size, r"is \(20, 30\) px, unlike the other images of its split \(20 x 20\)"),
+        (damage_truncated, "cannot be read"),
+        (damage_not_an_image, "cannot be read"),
+    ):
+        damage(file)
+        with pytest.raises(UserError, match=message):
+            image_of(split, 0)
+
+
+@pytest.mark.parametrize("hosts, workers", [(1, 0), (2, 0), (2, 1)])
+def test_skipping_takes_the_next_photograph_and_says_which_is_left_out(copied, hosts, workers):
+    split = open_split(copied, read_table(copied), "train")
+    whole = take(split, 12)
+    bad = [split.rows[3], split.rows[30]]
+    damage_missing(copied / "cleaned_images" / split.path(3))
+    damage_truncated(copied / "cleaned_images" / split.path(30))
+    without = take(split, 12, hosts, workers=workers, skip=True)
+    assert same(without, take(split, 12, skip=True))  # on any number of hosts
+    for before, after in zip(whole, without, strict=True):
+        left_out = np.isin(before["row"], bad)
+        assert np.array_equal(after["unread"], np.where(left_out, before["row"], -1))
+        assert np.array_equal(after["row"][~left_out], before["row"][~left_out])
+        assert not np.isin(after["row"], bad).any() and (after["row"] >= 0).all()
+    used = np.concatenate([batch["row"] for batch in without[:6]])
+    assert set(used) | set(bad) == set(split.rows)  # used or reported
+
+
+def test_an_evaluation_leaves_out_what_cannot_be_read(copied):
+    split = open_split(copied, read_table(copied), "test")
+    damage_missing(copied / "cleaned_images" / split.path(2))
+    shard = shard_of(0, 1)
+    with pytest.raises(UserError, match=rf"{split.path(2)} cannot be read"):
+        list(batches.eval_batches(split, 8, 0, shard))
+    first, second = batches.eval_batches(split, 8, 0, shard, skip=True)
+    assert first["mask"].tolist() == [1, 1, 0, 1, 1, 1, 1, 1] and second["mask"].tolist() == [1] * 7 + [0]
+    assert first["unread"].tolist() == [-1, -1, split.rows[2], *[-1] * 5] and not first["image"][2].any()
+
+
+def test_too_many_unread_photographs_end_the_run(copied, caplog):
+    split = open_split(copied, read_table(copied), "train")
+    for index in (3, 30):
+        damage_missing(copied / "cleaned_images" / split.path(index))
+    steps = batches.train_batches(split, 8, 0, 0, 0, shard_of(0, 1), skip=True)
+    watched = Unread(split, most=1 / 48).watch(steps)
+    assert "unread" not in next(watched)
+    with pytest.raises(UserError, match=r"2 of 48 photographs cannot be read, more than config.data.max_skipped"):
+        [next(watched) for _ in range(6)]
+    assert sum("left out (1 of 48 photographs so far)" in message for message in caplog.messages) == 1
+
+
+def test_storage_that_fails_is_an_error_even_when_skipping(copied):
+    split = open_split(copied, read_table(copied), "train")
+    shutil.rmtree(copied / "cleaned_images")
+    with pytest.raises(UserError, match="No such file"):
+        take(split, 1, skip=True)
 
 
 def test_metadata_errors_name_the_file_and_the_row(copied, tmp_path):

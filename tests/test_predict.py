@@ -1,7 +1,11 @@
 """A run and its export give the same answers, and what can go wrong on the way."""
 
 import json
+import logging
 import os
+import random
+import re
+import shutil
 
 import numpy as np
 import polars as pl
@@ -63,9 +67,19 @@ def test_an_image_in_memory_and_one_that_lies_on_its_side(run, test_images, tmp_
     straight, turned = Classifier(workdir=run)([upright, tmp_path / "turned.png"], topk=1)
     assert straight["file"] is None and upright.getpixel((0, 0)) is not None  # not closed
     assert straight["probability"] == pytest.approx(turned["probability"]) and straight["species"] == turned["species"]
-    [array] = Classifier(workdir=run)([np.asarray(upright)], topk=1)
-    [one] = Classifier(workdir=run)(str(test_images[0][0]), topk=1)  # a path alone
-    assert array["species"] == one["species"] == straight["species"] and one["file"] == str(test_images[0][0])
+
+
+def test_one_picture_of_any_sort_is_one_picture(run, test_images):
+    classifier, file = Classifier(workdir=run), test_images[0][0]
+    pixels = np.asarray(Image.open(file))
+    [expected] = classifier([pixels], topk=1)
+    for one in (file, str(file), file.read_bytes(), Image.open(file), pixels):
+        [answer] = classifier(one, topk=1)
+        assert answer["species"] == expected["species"] and answer["problem"] is None
+        assert answer["file"] == (str(file) if isinstance(one, str | type(file)) else None)
+    grey = pixels[..., 0]  # one picture too, not a list of rows
+    assert [type(answer["species"]) for answer in classifier(grey)] == [list]
+    assert len(list(classifier(np.stack([pixels, pixels])))) == len(list(classifier([pixels, file]))) == 2
 
 
 @pytest.fixture
@@ -81,6 +95,80 @@ def folder(test_images, tmp_path):
     return folder
 
 
+@pytest.fixture
+def zoo(test_images, tmp_path):
+    """A folder of pictures under all sorts of names, and of files that are none."""
+    folder, bird = tmp_path / "zoo", Image.open(test_images[0][0])
+    folder.mkdir()
+    kinds = {
+        "a.JPG": "JPEG", "b.jfif": "JPEG", "c": "PNG", "d.download": "WEBP", "e.txt": "GIF", "f.avif": "AVIF",
+        "g.TIF": "TIFF", "h.001": "TIFF", "i.x": "BMP", "j.x": "PPM", "k.x": "JPEG2000", "l.x": "AVIF", "m.jpg": "PNG",
+    }  # fmt: skip
+    for name, kind in kinds.items():
+        bird.save(folder / name, kind)
+    (folder / "n.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(20))
+    (folder / "o").write_bytes(b"\0\0\0\x18ftypmif1" + bytes(20))
+    (folder / "p.PNG").write_bytes(b"")
+    (folder / "q.NEF").write_bytes((folder / "g.TIF").read_bytes())
+    for name in ("r.txt", "s.TXT", "README", ".DS_Store", "._a.JPG", "t.svg"):
+        (folder / name).write_text("Pfau, P5 and BMW")
+    os.mkfifo(folder / "u.jpg")
+    return folder
+
+
+def test_pictures_count_by_content_and_all_else_by_kind(zoo, caplog):
+    with caplog.at_level(logging.INFO):
+        found = " ".join(file.name for file in predict.find_images(zoo))
+    assert found == "a.JPG b.jfif c d.download e.txt f.avif g.TIF h.001 i.x j.x k.x l.x m.jpg n.heic o p.PNG"
+    [line] = [line for line in caplog.messages if "left out" in line]
+    assert line.startswith(f"{zoo}: 2 .txt, 1 ") and line.endswith(" left out")
+    for kind in ("1 without a suffix", "1 .DS_Store", "1 ._*", "1 .svg", "1 .nef", "1 pipes or devices"):
+        assert kind in line
+
+
+def test_every_picture_is_named_or_has_a_problem(run, zoo, tmp_path):
+    assert predict.predict(zoo, tmp_path / "out.csv", topk=1, workdir=run) == 0
+    table = pl.read_csv(tmp_path / "out.csv")
+    assert table["file"].to_list() == list(map(str, predict.find_images(zoo)))
+    assert table.filter(pl.col("problem").is_null())["rank"].to_list() == [1] * 13
+    problems = table.filter(pl.col("problem").is_not_null())
+    assert [os.path.basename(file) for file in problems["file"]] == ["n.heic", "o", "p.PNG"]
+    assert problems["species"].is_null().all()
+
+
+def test_a_file_of_any_name_may_be_given_alone(run, zoo, tmp_path):
+    assert predict.predict(zoo / "e.txt", tmp_path / "out.csv", topk=1, workdir=run) == 0
+    assert predict.predict(zoo / "r.txt", tmp_path / "out.csv", topk=1, workdir=run) == 1
+    assert pl.read_csv(tmp_path / "out.csv")["file"].to_list() == [str(zoo / "r.txt")]
+
+
+def test_folders_behind_links_come_once(tmp_path):
+    photos, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    for folder in (photos / "own", elsewhere / "below"):
+        folder.mkdir(parents=True)
+        (folder / "a.jpg").touch()
+    for link, target in {
+        photos / "0-own": photos / "own",
+        photos / "up": photos,
+        photos / "own" / "z": elsewhere,
+        photos / "y": elsewhere,
+        photos / "b": elsewhere / "below",
+        elsewhere / "back": photos,
+        photos / "self": photos / "self",
+        photos / "c.jpg": photos / "own" / "a.jpg",
+    }.items():
+        link.symlink_to(target)
+    found = [str(file.relative_to(photos)) for file in predict.find_images(photos)]
+    assert found == ["b/a.jpg", "c.jpg", "own/a.jpg", "self"]
+
+
+def test_a_folder_without_pictures_is_a_mistake(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "notes.txt").touch()
+    with pytest.raises(UserError, match=re.escape("there is no picture in it (1 .txt)")):
+        predict.find_images(tmp_path / "photos")
+
+
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
 def test_a_row_for_each_rank_and_one_for_what_cannot_be_read(run, folder, tmp_path, suffix):
     out = tmp_path / f"birds.{suffix}"
@@ -94,6 +182,90 @@ def test_a_row_for_each_rank_and_one_for_what_cannot_be_read(run, folder, tmp_pa
     assert table["rank"].to_list() == [1, 2, 3, None, 1, 2, 3, None]
     assert "runcated" in table["problem"][3] and "No such file" in table["problem"][7]
     assert sorted(tmp_path.iterdir()) == sorted([out, folder])  # nothing half-written stays
+
+
+def test_a_row_for_each_box(run, test_images, tmp_path, caplog):
+    photos, boxes = tmp_path / "photos", tmp_path / "boxes.csv"
+    photos.mkdir()
+    bird = Image.open(test_images[0][0])
+    for name in ("empty.png", "two.png"):
+        scene = Image.new("RGB", (100, 80))
+        scene.paste(bird, (7, 9))
+        scene.save(photos / name)
+    (photos / "damaged.png").write_bytes(b"")
+    rows = [
+        "two.png,7,9,16,16",
+        "two.png,90,70,500,500",
+        "two.png,300,0,5,5",
+        "gone.png,1,1,5,5",
+        "damaged.png,1,1,5,5",
+    ]
+    boxes.write_text("\n".join(["file,bb_x,bb_y,bb_width,bb_height", *rows]))
+    with caplog.at_level(logging.INFO):
+        assert predict.predict(photos, tmp_path / "out.parquet", topk=2, boxes=boxes, workdir=run) == 0
+    table = pl.read_parquet(tmp_path / "out.parquet")
+    assert [os.path.basename(file) for file in table["file"]] == ["damaged.png", "empty.png"] + ["two.png"] * 5
+    assert table["box"].to_list() == [None, None] + ["7 9 16 16"] * 2 + ["90 70 10 10"] * 2 + ["300 0 5 5"]
+    assert table["rank"].to_list() == [None, None, 1, 2, 1, 2, None]
+    assert table["problem"][1] == f"no box in {boxes}" and "outside its real 100x80" in table["problem"][6]
+    [expected] = Classifier(workdir=run)(bird, topk=2)
+    assert table["species"].to_list()[2:4] == expected["species"]
+    assert table["probability"].to_list()[2:4] == pytest.approx(expected["probability"])
+    assert f"{boxes}: 1 boxes are of files that are not among the photographs" in caplog.messages
+    assert f"3 of 5 have no species: the column 'problem' of {tmp_path / 'out.parquet'} says why" in caplog.messages
+
+
+@pytest.mark.parametrize("orientation, side", [(1, 60), (6, 60), (6, 1200)])
+def test_a_box_shows_the_model_what_evaluation_showed_it(exported, tmp_path, orientation, side):
+    from test_prepare import archive_of
+
+    from vit_nabirds.data.boxes import BoxFinder
+    from vit_nabirds.data.prepare import prepare
+    from vit_nabirds.data.synthetic import PLUMAGES, draw_bird
+
+    scene, exif = draw_bird(PLUMAGES[1], side * 2, side, random.Random(3))[0], Image.Exif()
+    exif[0x0112] = orientation
+    scene.save(tmp_path / "x.jpg", exif=exif, quality=90)
+    photo = (tmp_path / "x.jpg").read_bytes()
+    box = (side // 2, side // 8, side, side // 2)
+    archive = archive_of(tmp_path / "archive", ("a.jpg", photo, box, 0), ("b.jpg", photo, box, 1))
+    (archive / "sizes.txt").write_text(f"u-0 {side * 2} {side}\nu-1 {side * 2} {side}\n")
+    prepare(archive, tmp_path / "prepared", train_size=16, test_size=16)
+    photographs = sorted((archive / "images").rglob("*.jpg"))
+    find = BoxFinder(archive / "bounding_boxes.txt", photographs, archive / "images")
+    classifier = Classifier(model=exported)
+    [(_, ours)] = classifier._read(photographs[0], find)
+    [(_, evaluated)] = classifier._read(tmp_path / "prepared/cleaned_images/0295/a.jpg", None)
+    [(_, whole)] = classifier._read(photographs[0], None)
+    assert np.abs(ours - evaluated).mean() < 0.02 < 0.1 < np.abs(whole - evaluated).mean()
+
+
+def test_whole_photographs_for_a_model_of_crops_are_worth_one_line(
+    run, exported, hf_folder, test_images, caplog, tmp_path
+):
+    def warnings(find=None, **source):
+        caplog.clear()
+        classifier = Classifier(**source)
+        for _ in range(2):
+            list(classifier(test_images[0][:1], find=find))
+        return sum("birds that were cut out" in message for message in caplog.messages)
+
+    assert warnings(workdir=run) == warnings(model=exported) == 1
+    assert warnings(model=exported, find=lambda *_: [None]) == warnings(model=hf_folder) == 0
+    for crop, expected in {"none": 0, None: 1}.items():  # None: of an earlier version
+        folder = shutil.copytree(exported, tmp_path / f"{crop}")
+        fields = json.loads((folder / "preprocessor_config.json").read_text())
+        assert fields.pop("vit_nabirds_crop") == "box"
+        fields |= {"vit_nabirds_crop": crop} if crop else {}
+        (folder / "preprocessor_config.json").write_text(json.dumps(fields))
+        assert warnings(model=folder) == expected
+
+
+def test_too_large_a_picture_is_a_problem(run, test_images, tmp_path):
+    arguments = [f"--workdir={run}", f"--images={test_images[0][0]}", f"--out={tmp_path / 'out.csv'}"]
+    assert cli.main(["predict", *arguments, "--max_pixels=255"]) == 1
+    assert "16" in pl.read_csv(tmp_path / "out.csv")["problem"][0]
+    assert cli.main(["predict", *arguments, "--max_pixels=256"]) == 0
 
 
 def test_no_readable_photograph_is_a_failure(run, folder, tmp_path):
@@ -128,6 +300,7 @@ def test_mistakes_are_reported_before_anything_is_written(run, folder, tmp_path,
         ([], "predict needs --workdir or --model, not both"),
         (["--workdir=a", "--model=b"], "predict needs --workdir or --model, not both"),
         (["--workdir=a", "--topk=0"], "--topk is 0"),
+        (["--workdir=a", "--max_pixels=0"], "--max_pixels is 0"),
     ],
 )
 def test_flags_that_do_not_fit_are_wrong_usage(flags, message, capfd):

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_nabirds.data.archive import read_archive
+from vit_nabirds.data.archives import read_archive
 from vit_nabirds.data.synthetic import PLUMAGES, draw_archive, draw_bird
 from vit_nabirds.errors import UserError
 
 
 def test_the_layout_is_that_of_the_real_archive(tmp_path):
     draw_archive(tmp_path, species=4, train=6, test=4, size=(90, 120))
-    table, _ = read_archive(tmp_path)
+    table = read_archive(tmp_path).table
     assert table.height == 4 * 10
-    assert table["species_id"].n_unique() == 4 and table["class_id"].n_unique() == 6  # two show two plumages
+    assert table["species_name"].n_unique() == 4 and table["class_id"].n_unique() == 6  # two show two plumages
     assert set(table.group_by("species_name", "is_training_img").len().select("is_training_img", "len").rows()) == {
         (True, 6),
         (False, 4),
@@ -57,9 +57,9 @@ def test_the_bird_is_where_its_box_says(plumage):
 def test_mean_colour_does_not_identify_the_species(tmp_path):
     """A single colour per image would make the demo's accuracy meaningless."""
     draw_archive(tmp_path, species=6, train=16, test=8)
-    table, _ = read_archive(tmp_path)
+    table = read_archive(tmp_path).table
     means = np.array([np.asarray(Image.open(tmp_path / "images" / path)).mean(axis=(0, 1)) for path in table["path"]])
-    train, labels = table["is_training_img"].to_numpy(), table["species_id"].to_numpy()
+    train, labels = table["is_training_img"].to_numpy(), table["species_name"].to_numpy()
     nearest = np.abs(means[~train, None] - means[None, train]).sum(axis=2).argmin(axis=1)
     assert (labels[train][nearest] == labels[~train]).mean() < 0.6
 

@@ -101,14 +101,14 @@ def test_transformers_loads_what_is_exported(model_type, pool, tmp_path):
     architecture = checkpoint.architecture | {"pool": pool}
     params = checkpoint.load(architecture, [])
     params |= {"classifier/kernel": drawn("k", (16 if pool == "cls" else 32, 3)), "classifier/bias": drawn("b", (3,))}
-    save_checkpoint(tmp_path / "exported", architecture, params, ["a", "b", "c"], checkpoint.normalization)
+    save_checkpoint(tmp_path / "exported", architecture, params, ["a", "b", "c"], checkpoint.normalization, "box")
     classes = {"vit": FlaxViTForImageClassification, "dinov2": FlaxDinov2ForImageClassification}
     reference = classes[model_type if pool == "cls" else "dinov2"].from_pretrained(tmp_path / "exported")
     assert reference.config.id2label == {0: "a", 1: "b", 2: "c"} and reference.config.label2id["c"] == 2
     images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
     processor = AutoImageProcessor.from_pretrained(tmp_path / "exported", use_fast=False)
     pixels = processor(images=list(images), return_tensors="np")["pixel_values"].transpose(0, 2, 3, 1)
-    ours = zscore(images / np.float32(255), checkpoint.normalization)
+    ours = zscore(images / np.float32(255), checkpoint.normalization, "box")
     np.testing.assert_allclose(logits(architecture, params, ours), reference_logits(reference, pixels), atol=1e-4)
 
 

@@ -1,42 +1,60 @@
 """Name the species in any photographs, into a .csv, .jsonl or .parquet file."""
 
+import collections
 import json
 import logging
 import os
+import stat
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from vit_nabirds.data.kinds import HEADER, kind_of
 from vit_nabirds.errors import ConfigError, UserError
 
 log = logging.getLogger("vit_nabirds")
 
 REQUIRED = ("images", "out")
 FLAGS = {
-    "workdir": (str, "Folder of the run whose best checkpoint to use."),
-    "step": (int, "Step of the run's checkpoint (default: the best)."),
+    "workdir": (str, "Folder of the run whose selected checkpoint to use."),
+    "step": (int, "Step of the run's checkpoint (default: the selected one)."),
     "model": (str, "Instead of a run: an exported folder, or another checkpoint's folder or Hub id."),
-    "images": (str, "Photograph, or folder of photographs."),
-    "out": (str, "File to write, .csv, .jsonl or .parquet: a row for each photograph and rank."),
-    "topk": (5, "Species to name for each photograph."),
+    "images": (str, "Photograph, or folder of photographs, whose links to folders are followed."),
+    "boxes": (
+        str,
+        "File with boxes, to crop to each: bounding_boxes.txt, .csv, or .json of COCO or MegaDetector (animals of "
+        "confidence 0.2 or more).",
+    ),
+    "out": (str, "File to write, .csv, .jsonl or .parquet: a row for each photograph (with --boxes: box) and rank."),
+    "topk": (5, "Species to name for each photograph or box."),
+    "max_pixels": (500_000_000, "Largest photograph to decode, in pixels."),
 }
 PARALLEL = False
 CONFIGURED = False
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-COLUMNS = ("file", "rank", "species", "probability", "problem")
+# Names that are always worth a row, if only to say why a file cannot be read.
+SUFFIXES = (
+    ".jpg .jpeg .jpe .jfif .jif .mpo .png .apng .webp .bmp .dib .tif .tiff .gif .avif .heic .heif .hif .jp2 .j2k .jpx "
+    ".pbm .pgm .ppm .pnm"
+).split()
+# Cameras' raw files begin like TIFF, but all that is picture in them without a raw converter is a thumbnail.
+RAW = ".3fr .arw .cr2 .dcr .dng .erf .iiq .kdc .nef .nrw .pef .sr2 .srw".split()
+COLUMNS = ("file", "box", "rank", "species", "probability", "problem")
 
 
 def run(options, group) -> int:
     if (options.workdir is None) == (options.model is None):
         raise ConfigError("predict needs --workdir or --model, not both")
-    if options.topk < 1:
-        raise ConfigError(f"--topk is {options.topk}: ask for at least one species")
-    source = dict(workdir=options.workdir, step=options.step, model=options.model)
-    return predict(Path(options.images), Path(options.out), options.topk, **source)
+    for flag, what in {"topk": "species", "max_pixels": "pixel"}.items():
+        if options[flag].value < 1:
+            raise ConfigError(f"--{flag} is {options[flag].value}: ask for at least one {what}")
+    source = {name: options[name].value for name in ("workdir", "step", "model", "max_pixels")}
+    boxes = options.boxes and Path(options.boxes)
+    return predict(Path(options.images), Path(options.out), options.topk, boxes, **source)
 
 
-def predict(images: Path, out: Path, topk: int = 5, **source) -> int:
-    """Write a row for each photograph and rank to `out`, completely or not at all; returns the exit code.
+def predict(images: Path, out: Path, topk: int = 5, boxes: Path | None = None, **source) -> int:
+    """Write a row for each photograph, or each of its boxes in the file `boxes`, and rank to `out`, completely or not
+    at all; returns the exit code.
 
     `source` are the arguments of `Classifier`.
     """
@@ -45,20 +63,28 @@ def predict(images: Path, out: Path, topk: int = 5, **source) -> int:
     import cv2
     from tqdm import tqdm
 
+    from vit_nabirds.data.boxes import BoxFinder
     from vit_nabirds.evaluation.classifier import Classifier
 
+    find = boxes and BoxFinder(boxes, files, images if images.is_dir() else images.parent)
     classifier = Classifier(**source)
     cv2.setNumThreads(1)  # one reading thread runs on each core already
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as unfinished:
         rows = Path(unfinished) / "rows"
-        answers = tqdm(classifier(files, topk), total=len(files), unit=" images", disable=None)
-        problems = write_rows(answers, rows)
+        answers = tqdm(
+            classifier(files, topk, find), total=len(find or files), unit=" boxes" if find else " images", disable=None
+        )
+        named, problems = write_rows(answers, rows)
         finished = rows if out.suffix == ".jsonl" else write_table(rows, out.suffix)
         finished.replace(out)
-    log.info("%s: %d photographs, at most %d species for each", out, len(files) - problems, topk)
+    log.info("%s: %d %s, at most %d species for each", out, named, "boxes" if find else "photographs", topk)
+    if find:
+        for note, count in find.notes().items():
+            if count:
+                log.warning("%s: %d %s", boxes, count, note)
     if problems:
-        log.warning("%d of %d files cannot be read: the column 'problem' of %s says why", problems, len(files), out)
-    return 1 if problems == len(files) else 0
+        log.warning("%d of %d have no species: the column 'problem' of %s says why", problems, named + problems, out)
+    return 0 if named else 1
 
 
 def check_output(out: Path) -> None:
@@ -71,39 +97,84 @@ def check_output(out: Path) -> None:
 
 
 def find_images(path: Path) -> list[Path]:
-    """The file, or all images in the folder and those below, by name."""
+    """The file, or all pictures in the folder and those below, by name, and what cannot be opened to see what it is."""
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise UserError(f"--images={path}: there is no such file or folder.")
-    files = sorted(file for file in path.rglob("*") if file.is_file() or file.is_symlink() and not file.exists())
-    images = [file for file in files if file.suffix.lower() in SUFFIXES]
+    images, others = [], collections.Counter()
+    for file in sorted(walk(path)):
+        if other := other_kind(file):
+            others[other] += 1
+        else:
+            images.append(file)
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in others.most_common())
     if not images:
-        raise UserError(f"--images={path}: none of its {len(files)} files ends in {', '.join(SUFFIXES)}.")
-    if others := len(files) - len(images):
-        log.info("%s: %d files of other kinds are left out", path, others)
+        raise UserError(f"--images={path}: there is no picture in it ({kinds or 'no file at all'}).")
+    if kinds:
+        log.info("%s: %s left out", path, kinds)
     return images
 
 
-def write_rows(answers: Iterable[dict], file: Path) -> int:
-    """Write answers of a `Classifier` as JSON lines; returns how many files could not be read."""
-    problems = 0
+def walk(folder: Path) -> Iterator[Path]:
+    """Every file below a folder, and every folder that cannot be listed. Each folder comes once, whatever links to it:
+    under its own path if that lies below `folder`."""
+    seen, links, unreadable = set(), collections.deque([folder]), []
+    while links:
+        for parent, folders, files in os.walk(links.popleft(), onerror=lambda error: unreadable.append(error.filename)):
+            status = os.stat(parent)
+            if (status.st_dev, status.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folders.sort()
+            links.extend(link for name in folders if (link := Path(parent, name)).is_symlink())
+            yield from (Path(parent, name) for name in files)
+    yield from map(Path, unreadable)
+
+
+def other_kind(file: Path) -> str:
+    """What a file is, if it is no picture by its name or content. What cannot be opened may be one, to be reported."""
+    named = file.suffix.lower() in SUFFIXES and not file.name.startswith("._")  # macOS's companions of files
+    try:
+        mode = file.stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            return "pipes or devices"  # to open one may take forever
+        if not named and file.suffix.lower() not in RAW:
+            with file.open("rb") as opened:
+                named = kind_of(opened.read(HEADER))
+    except OSError:
+        return ""
+    except ValueError:
+        named = False
+    if named:
+        return ""
+    if file.name.startswith("._"):
+        return "._*"
+    return file.suffix.lower() or (file.name if file.name.startswith(".") else "without a suffix")
+
+
+def write_rows(answers: Iterable[dict], file: Path) -> tuple[int, int]:
+    """Write answers of a `Classifier` as JSON lines; returns how many name species, and how many a problem."""
+    named = problems = 0
     with file.open("w") as opened:
         for answer in answers:
             row = {"file": os.fsencode(answer["file"]).decode(errors="replace")}
+            if answer["box"]:
+                row["box"] = " ".join(str(round(side)) for side in answer["box"])
             rows = [row | {"problem": answer["problem"]}] if answer["problem"] else []
             for rank, (species, probability) in enumerate(zip(answer["species"], answer["probability"], strict=True)):
                 rows.append(row | {"rank": rank + 1, "species": species, "probability": probability})
             opened.writelines(json.dumps(dict.fromkeys(COLUMNS) | row) + "\n" for row in rows)
-            problems += bool(answer["problem"])
-    return problems
+            named, problems = named + (not answer["problem"]), problems + bool(answer["problem"])
+    return named, problems
 
 
 def write_table(rows: Path, suffix: str) -> Path:
     """JSON lines -> a .csv or .parquet file beside them."""
     import polars as pl
 
-    types = (pl.String, pl.Int32, pl.String, pl.Float32, pl.String)
+    types = (pl.String, pl.String, pl.Int32, pl.String, pl.Float32, pl.String)
     table = pl.scan_ndjson(rows, schema=dict(zip(COLUMNS, types, strict=True)))
     file = rows.with_name("table")
     table.sink_csv(file) if suffix == ".csv" else table.sink_parquet(file)

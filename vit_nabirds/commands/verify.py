@@ -67,13 +67,13 @@ def verify(name: str, images: list[str], figure: Path | None, tolerance: float) 
 
 def read_pictures(images: list[str]) -> list:
     """The pictures as uint8 (height, width, 3), or a drawn bird if there are none."""
+    from vit_nabirds.data.pictures import open_picture
     from vit_nabirds.data.synthetic import PLUMAGES, draw_bird
-    from vit_nabirds.evaluation.classifier import read_image
 
     pictures = []
     for image in images:
         try:
-            pictures.append(read_image(image))
+            pictures.append(open_picture(image).read())
         except Exception as error:  # a damaged file makes a decoder raise anything
             raise UserError(f"--image={image} cannot be read: {error}") from None
-    return pictures or [read_image(draw_bird(PLUMAGES[0], 640, 480, random.Random(0))[0])]
+    return pictures or [open_picture(draw_bird(PLUMAGES[0], 640, 480, random.Random(0))[0]).read()]

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing import resource_tracker
 
 import grain
@@ -12,34 +12,46 @@ import numpy as np
 from absl import flags
 
 from vit_nabirds.data.photographs import Photographs
-from vit_nabirds.errors import ConfigError
+from vit_nabirds.errors import ConfigError, UserError
 from vit_nabirds.parallel.cpus import cpu_share
 
 Batch = dict[str, np.ndarray]
+_TRIES = 32  # photographs in a row; if none of them can be read, the storage has failed
 
 
 def train_batches(
-    photographs: Photographs, batch_size: int, seed: int, start: int, workers: int, shard: grain.sharding.ShardOptions
+    photographs: Photographs,
+    batch_size: int,
+    seed: int,
+    start: int,
+    workers: int,
+    shard: grain.sharding.ShardOptions,
+    skip: bool = False,
 ) -> Iterator[Batch]:
     """This host's block of the global batch of step `start` and of every later step, without end."""
-    block = functools.partial(train_block, photographs, batch_size, seed, shard=shard)
+    block = functools.partial(train_block, photographs, batch_size, seed, shard=shard, skip=skip)
     return _iterate(grain.MapDataset.range(start, sys.maxsize).map(block), workers, photographs.is_packed)
 
 
 def train_block(
-    photographs: Photographs, batch_size: int, seed: int, step: int, shard: grain.sharding.ShardOptions
+    photographs: Photographs,
+    batch_size: int,
+    seed: int,
+    step: int,
+    shard: grain.sharding.ShardOptions,
+    skip: bool = False,
 ) -> Batch:
-    """This host's block of the global batch of a step: see `Photographs.read` for image, label and row.
+    """This host's block of the global batch of a step, as `_read` gives it.
 
     The global batch, all hosts' blocks end to end, depends on seed and step only, not on the number of hosts or
-    workers. Each epoch is a new permutation; a batch may span two epochs.
+    workers. Each epoch is a new permutation; a batch may span two epochs. With `skip`, the next photograph of the epoch
+    takes the place of one that cannot be read; without it that is a UserError.
     """
     epochs, places = np.divmod(_positions(step, batch_size, shard), len(photographs))
-    orders = [
-        _epoch_order(seed, epoch, len(photographs))[places[epochs == epoch]]
-        for epoch in range(epochs[0], epochs[-1] + 1)
-    ]
-    return photographs.read(np.concatenate(orders))
+    orders = [_epoch_order(seed, int(epoch), len(photographs)) for epoch in epochs]
+    tries = np.arange(_TRIES if skip else 1)
+    slots = [order[(place + tries) % len(order)] for order, place in zip(orders, places, strict=True)]
+    return _read(photographs, slots)
 
 
 @functools.lru_cache(4)
@@ -49,19 +61,51 @@ def _epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
     return np.random.RandomState([seed, epoch]).permutation(length)
 
 
-def test_batches(
-    photographs: Photographs, batch_size: int, workers: int, shard: grain.sharding.ShardOptions
+def eval_batches(
+    photographs: Photographs, batch_size: int, workers: int, shard: grain.sharding.ShardOptions, skip: bool = False
 ) -> Iterator[Batch]:
-    """This host's blocks of the split in order, with `mask`, float32 (n,): 0 marks padding of the last batch."""
-    block = functools.partial(_test_block, photographs, batch_size, shard)
+    """This host's blocks of the split in order, with `mask`, float32 (n,).
+
+    It is 0 for the padding of the last batch and, with `skip`, for what cannot be read.
+    """
+    block = functools.partial(_eval_block, photographs, batch_size, shard, skip)
     steps = -(-len(photographs) // batch_size)
     return _iterate(grain.MapDataset.range(steps).map(block), workers, photographs.is_packed)
 
 
-def _test_block(photographs: Photographs, batch_size: int, shard: grain.sharding.ShardOptions, step: int) -> Batch:
+def _eval_block(
+    photographs: Photographs, batch_size: int, shard: grain.sharding.ShardOptions, skip: bool, step: int
+) -> Batch:
     positions = _positions(step, batch_size, shard)
-    real = positions < len(photographs)
-    return photographs.read(np.where(real, positions, 0)) | {"mask": real.astype(np.float32)}
+    batch = _read(photographs, [[i] if i < len(photographs) else [] for i in positions], may_be_blank=skip)
+    return batch | {"mask": (batch["row"] >= 0).astype(np.float32)}
+
+
+def _read(photographs: Photographs, slots: list[Sequence[int]], may_be_blank: bool = False) -> Batch:
+    """For each slot the first of its photographs that can be read: image, uint8 (n, size, size, 3), label and row,
+    int32 (n,); and `unread`, int32 (n,), the row of its first photograph if that could not be read, else -1.
+
+    A slot without photographs is black, its row -1. One of which none can be read is so too, or a UserError.
+    """
+    side = photographs.size
+    batch = {"image": np.zeros((len(slots), side, side, 3), np.uint8), "label": np.zeros(len(slots), np.int32)}
+    batch |= {name: np.full(len(slots), -1, np.int32) for name in ("row", "unread")}
+    for slot, candidates in enumerate(slots):
+        for index in candidates:
+            try:
+                photographs.read(index, batch["image"][slot])
+            except UserError as error:
+                problem = error
+                if batch["unread"][slot] < 0:
+                    batch["unread"][slot] = photographs.rows[index]
+            else:
+                batch["label"][slot], batch["row"][slot] = photographs.labels[index], photographs.rows[index]
+                break
+        else:
+            batch["image"][slot] = 0
+            if len(candidates) and not may_be_blank:
+                raise problem
+    return batch
 
 
 def _positions(step: int, batch_size: int, shard: grain.sharding.ShardOptions) -> np.ndarray:

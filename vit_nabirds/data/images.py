@@ -1,83 +1,63 @@
 """The images of a prepared folder, from its image files or from its pack."""
 
-import concurrent.futures
 import dataclasses
-import io
 import os
 import zlib
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import polars as pl
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
 
-from vit_nabirds.data.table import PARQUET_ERRORS, PREPARED, read_prepared
+from vit_nabirds.data.pictures import open_picture
+from vit_nabirds.data.table import PARQUET_ERRORS, PREPARED, read_prepared, settings_of
 from vit_nabirds.errors import UserError
-from vit_nabirds.parallel.cpus import cpu_share
 
 # The files in packed/. The index is written last: a pack with an index is complete.
 PACK_INDEX, PACK_FILES = "index.parquet", {True: "train.npy", False: "test.npy"}
 PACK_COLUMNS = {"path": pl.String, "is_training_img": pl.Boolean, "crc32": pl.UInt32}
 
 JPEG = b"\xff\xd8"  # its first bytes
-# Formats that Pillow decodes by itself. It would hand PostScript to Ghostscript, whatever the file's name.
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-
-
-def open_picture(source: str | Path | IO[bytes]) -> Image.Image:
-    """A picture, not decoded yet. Raises ValueError if it has none of FORMATS, OSError if it cannot be read."""
-    try:
-        return Image.open(source, formats=FORMATS)
-    except UnidentifiedImageError:
-        raise ValueError(f"not a picture in one of the formats {', '.join(FORMATS)}") from None
-
-
-def to_rgb(picture: Image.Image) -> np.ndarray:
-    """Its pixels, uint8 (height, width, 3), without alpha. Raises ValueError for more than 8 bits a channel."""
-    if picture.mode.startswith(("I", "F")):
-        raise ValueError("more than 8 bits a pixel, convert it to 8")
-    return np.asarray(picture.convert("RGB"))
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageFiles:
-    """The images of a split, each a file of `size` x `size` pixels."""
+    """The training or the test images, each a file of `size` x `size` pixels."""
 
     folder: Path
-    paths: list[str]
+    paths: pl.Series  # a Python list of millions of them would take several times their bytes
     size: int
+    crc32: np.ndarray | None  # of each file; None in the course's folder
 
     def read(self, index: int, out: np.ndarray) -> None:
-        """Decode an image into `out`, uint8 (size, size, 3)."""
-        file = self.folder / self.paths[index]
+        """Decode an image into `out`, uint8 (size, size, 3). UserError if it is not the one that was prepared."""
+        file = self.folder / self.paths[int(index)]
         try:
             data = file.read_bytes()
-            is_jpeg = data.startswith(JPEG)
-            image = None if is_jpeg else to_rgb(open_picture(io.BytesIO(data)))
-            shape = simplejpeg.decode_jpeg_header(data)[:2] if is_jpeg else image.shape[:2]
-            if shape != out.shape[:2]:
-                raise UserError(
-                    f"{file} is {shape} px, unlike the other images of its split ({self.size} x {self.size}): prepare "
-                    "the folder again."
-                )
-            if is_jpeg:
+            if self.crc32 is not None and zlib.crc32(data) != self.crc32[index]:
+                raise ValueError("it is not what `prepare` wrote")
+            if data.startswith(JPEG) and simplejpeg.decode_jpeg_header(data)[:2] == out.shape[:2]:
                 # Strict: a truncated file is an error, not a picture that is grey at the bottom.
                 simplejpeg.decode_jpeg(data, strict=True, buffer=out)
-            else:
-                out[:] = image
+                return
+            image = open_picture(data).read()
         except (OSError, ValueError) as error:
             raise UserError(f"{file} cannot be read ({error}): delete it and run `main.py prepare` again.") from None
+        if image.shape != out.shape:
+            raise UserError(
+                f"{file} is {image.shape[:2]} px, unlike the other images of its split ({self.size} x {self.size}): "
+                "prepare the folder again."
+            )
+        out[:] = image
 
 
 class PackedImages:
-    """The images of a split in one .npy file, uint8 (n, size, size, 3). The first read of each checks its crc32.
+    """The same images in one .npy file, uint8 (n, size, size, 3). The first read of each checks its crc32.
 
     The file is read, not mapped: on a mapped file a failing disk is a SIGBUS, not an exception. Each process opens it.
     """
 
-    def __init__(self, file: Path, paths: list[str], crc32: np.ndarray):
+    def __init__(self, file: Path, paths: pl.Series, crc32: np.ndarray):
         self.file, self.folder, self.paths, self.crc32 = file, file.parent, paths, crc32
         self.checked = np.zeros(len(paths), bool)
         try:
@@ -103,65 +83,52 @@ class PackedImages:
         except OSError as error:
             raise _pack_error(self.file, f"cannot be read ({error})") from None
         if count != self.image_bytes:
-            raise _pack_error(self.file, f"ends inside the image of {self.paths[index]}")
+            raise _pack_error(self.file, f"ends inside the image of {self.paths[int(index)]}")
         if not self.checked[index]:
             if zlib.crc32(out) != self.crc32[index]:
-                raise _pack_error(self.file, f"is damaged: the image of {self.paths[index]} is not what was written")
+                path = self.paths[int(index)]
+                raise _pack_error(self.file, f"is damaged: the image of {path} is not what was written")
             self.checked[index] = True
 
 
-def open_images(root: Path, paths: list[str], train: bool, ignore_pack: bool = False) -> ImageFiles | PackedImages:
-    """The images of `paths` from the folder's pack, or else from its image files. UserError if they do not match."""
+def open_images(root: Path, table: pl.DataFrame, train: bool, ignore_pack: bool = False) -> ImageFiles | PackedImages:
+    """All training images (of which some may be held out) or all test images of a table from `read_table`.
+
+    From the folder's pack, or else from its image files, which are not opened. UserError if they do not match.
+    """
+    table = table.filter(pl.col("is_training_img") == train)
     folder = root / "packed"
     file = folder / PACK_INDEX
     if ignore_pack or not file.exists():
-        return open_files(root / "cleaned_images", paths)
+        return _open_files(root, table, train)
     try:
         index, metadata = pl.read_parquet(file, schema=PACK_COLUMNS), pl.read_parquet_metadata(file)
     except PARQUET_ERRORS as error:
         raise _pack_error(file, f"is not a readable Parquet file with {', '.join(PACK_COLUMNS)} ({error})") from None
     index = index.filter(pl.col("is_training_img") == train)
-    if index["path"].to_list() != paths:
+    if not index["path"].equals(table["path"]):
         raise _pack_error(file, f"does not list the {'training' if train else 'test'} images of metadata.parquet")
     if metadata.get(PREPARED) != read_prepared(root):
         raise _pack_error(file, f"is of images made with other settings than those in {root / PREPARED}")
-    return PackedImages(folder / PACK_FILES[train], paths, index["crc32"].to_numpy())
+    return PackedImages(folder / PACK_FILES[train], table["path"], index["crc32"].to_numpy())
 
 
-def open_files(folder: Path, paths: list[str]) -> ImageFiles:
-    """The image files, after a look at the start and end of each."""
-    with concurrent.futures.ThreadPoolExecutor(4 * cpu_share()) as pool:
-        sizes = list(pool.map(lambda path: _size(folder / path), paths))
-    wrong = [(path, size) for path, size in zip(paths, sizes, strict=True) if isinstance(size, str) or size != sizes[0]]
-    if wrong:
-        path, size = wrong[0]
-        problem = size if isinstance(size, str) else f"is {size} px, but {paths[0]} is {sizes[0]} px"
-        raise UserError(
-            f"{folder / path} {problem} ({len(wrong)} of {len(paths)} images are wrong): delete the damaged ones and "
-            "run `main.py prepare` again."
-        )
-    height, width = sizes[0]
-    if height != width:
-        raise UserError(f"{folder / paths[0]} is {sizes[0]} px: prepared images are square; run `main.py prepare`.")
-    return ImageFiles(folder, paths, height)
-
-
-def _size(file: Path) -> tuple[int, int] | str:
-    """(height, width) from the start of the file, or what is wrong with it."""
-    try:
-        with open(file, "rb") as opened:
-            start = opened.read(4096)  # a prepared image has its size in the first kilobyte
-            if not start.startswith(JPEG):
-                with open_picture(file) as picture:
-                    return picture.size[::-1]
-            opened.seek(-2, os.SEEK_END)
-            if opened.read() != b"\xff\xd9":
-                return "is a truncated JPEG"
-            return simplejpeg.decode_jpeg_header(start)[:2]
-    except FileNotFoundError:
-        return "is missing"
-    except (OSError, ValueError) as error:
-        return f"cannot be read ({error})"
+def _open_files(root: Path, table: pl.DataFrame, train: bool) -> ImageFiles:
+    folder, setting = root / "cleaned_images", "train_size" if train else "test_size"
+    size = settings_of(root).get(setting)
+    if size is None:  # the course's folder: its first image has the size of all
+        file = folder / table["path"][0]
+        try:
+            width, height = open_picture(file).size
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} cannot be read ({error}): prepare the folder again.") from None
+        if width != height:
+            raise UserError(f"{file} is {width} x {height} px: prepared images are square; run `main.py prepare`.")
+        size = width
+    if not isinstance(size, int) or size < 1:
+        raise UserError(f"{root / PREPARED} has {setting} {size!r}: prepare the folder again.")
+    crc32 = table["crc32"].to_numpy() if "crc32" in table.columns else None
+    return ImageFiles(folder, table["path"], size, crc32)
 
 
 def _pack_error(file: Path, problem: str) -> UserError:

@@ -21,6 +21,8 @@ from vit_nabirds.errors import UserError, remedy_of
 from vit_nabirds.parallel.cpus import cpu_share
 from vit_nabirds.parallel.locks import lock
 
+SPLIT = {True: "train", False: "test"}  # of a table without validation photographs
+
 
 def pack(root: str | Path) -> None:
     """Write train.npy, test.npy and index.parquet to root/packed/, unless they are there and intact."""
@@ -51,9 +53,10 @@ def _is_intact(root: Path, table: pl.DataFrame) -> bool:
     """Whether every image of the pack is what was written; if not, a note says why."""
     try:
         for train, name in PACK_FILES.items():
-            split = open_split(root, table, train)
+            split = open_split(root, table, SPLIT[train])
+            image = np.empty((split.size, split.size, 3), np.uint8)
             for index in tqdm(range(len(split)), desc=f"checking {name}", disable=None):
-                split.read([index])
+                split.read(index, image)
     except UserError as error:
         if isinstance(error.__context__, OSError) and not isinstance(error.__context__, FileNotFoundError):
             raise  # the pack may be good, but cannot be read now
@@ -64,8 +67,8 @@ def _is_intact(root: Path, table: pl.DataFrame) -> bool:
 
 def _write_pack(root: Path, table: pl.DataFrame) -> None:
     folder, crc32 = root / "packed", np.zeros(table.height, np.uint32)
-    splits = {name: open_split(root, table, train, ignore_pack=True) for train, name in PACK_FILES.items()}
-    discard(root)  # only now that the image files are known to be good
+    splits = {name: open_split(root, table, SPLIT[train], ignore_pack=True) for train, name in PACK_FILES.items()}
+    discard(root)
     needed, free = sum(3 * split.size**2 * len(split) for split in splits.values()), shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(f"{folder}: packing needs {needed:,} bytes, {free:,} are free. Make room, or leave out --pack.")
@@ -85,9 +88,14 @@ def _write_pack(root: Path, table: pl.DataFrame) -> None:
 def _decoded(split: Photographs) -> Iterator[np.ndarray]:
     """The images in order, uint8 (size, size, 3), decoded at most 64 per thread ahead."""
     ahead = 64 * cpu_share()
+
+    def read(index: int) -> np.ndarray:
+        split.read(index, image := np.empty((split.size, split.size, 3), np.uint8))
+        return image
+
     with ThreadPoolExecutor(cpu_share()) as pool:
         for start in range(0, len(split), ahead):
-            yield from pool.map(lambda index: split.read([index])["image"][0], range(len(split))[start : start + ahead])
+            yield from pool.map(read, range(len(split))[start : start + ahead])
 
 
 @contextlib.contextmanager

@@ -1,22 +1,32 @@
-"""The table of a prepared folder: metadata.parquet, checked, with labels that start at 0."""
+"""The table of a prepared folder: metadata.parquet, checked, with labels that start at 0 and a split for each row."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import polars as pl
 
-from vit_nabirds.data.archive import with_species_ids
-from vit_nabirds.errors import UserError
+from vit_nabirds.data.archives.names import clean_name
+from vit_nabirds.data.splits import held_out
+from vit_nabirds.errors import ConfigError, UserError
 
 COLUMNS = ("path", "species_name", "photographer", "is_training_img")
+CLASSES = {"species": "species_name", "category": "subcategory"}  # config.data.label: the column with the class
+# What `prepare` knows of its images: the checksum of the file, and where the bird is in it, in pixels.
+BIRD = ("bird_x", "bird_y", "bird_width", "bird_height")
+KNOWN = {"crc32": pl.UInt32} | dict.fromkeys(BIRD, pl.Int32)
+SPLIT = pl.Enum(["train", "validation", "test"])
 PREPARED = "prepared.json"  # the settings that a folder's images were made with
+SKIPPED = "skipped.csv"  # photographs that `prepare` left out
 PARQUET_ERRORS = (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException)  # polars panics on damaged bytes
 
 
-def read_table(root: Path) -> pl.DataFrame:
-    """One row per photograph of a prepared folder, ours or the course's, with species_id (int32) renumbered.
+def read_table(root: Path, label: str = "species", validation: float = 0.0) -> pl.DataFrame:
+    """One row per photograph of a prepared folder, ours or the course's.
 
-    Raises UserError if metadata.parquet is missing or unreadable, or holds a wrong value.
+    Adds class_name, label (int32, from 0 in the order of the names) and split: "train", "test", or "validation" for
+    about that share of the training photographs. UserError if metadata.parquet is missing or unreadable, or holds a
+    wrong value.
     """
     file = root / "metadata.parquet"
     if not file.is_file():
@@ -25,19 +35,57 @@ def read_table(root: Path) -> pl.DataFrame:
             "`evaluate`, as --data_root)."
         )
     try:
-        table = pl.read_parquet(file)
+        present = pl.read_parquet_schema(file).keys()
     except PARQUET_ERRORS as error:
         raise UserError(f"{file} is not a readable Parquet file ({error}): prepare the folder again.") from None
-    if missing := [name for name in COLUMNS if name not in table.columns]:
-        columns = ", ".join(table.columns)
+    if missing := [name for name in COLUMNS if name not in present]:
+        columns = ", ".join(present)
         raise UserError(f"{file} has no column {missing[0]!r} (its columns: {columns}): prepare the folder again.")
-    text = COLUMNS[:3]
+    if CLASSES[label] not in present:
+        raise ConfigError(
+            f"config.data.label is {label!r}, but {file} has no column {CLASSES[label]!r}: prepare the folder again, "
+            "or train on its species."
+        )
+    table = _read(file, [*COLUMNS, *(name for name in ("source", "subcategory", "node", *KNOWN) if name in present)])
+    table = table.with_columns(_cleaned(table[name]) for name in CLASSES.values() if name in table.columns)
+    _check(table, file)
+    table = table.with_columns(
+        is_training_img=pl.col("is_training_img").cast(pl.Boolean),
+        class_name=pl.col(CLASSES[label]),
+        subcategory="subcategory" if "subcategory" in present else "species_name",
+    )
+    table = table.with_columns(label=pl.col("class_name").rank("dense").cast(pl.Int32) - 1)
+    return table.with_columns(split=_split(table, validation, file))
+
+
+def _read(file: Path, columns: list[str]) -> pl.DataFrame:
+    types = dict.fromkeys(columns, pl.String) | {"is_training_img": pl.Int8} | KNOWN
     try:
-        table = table.with_columns(pl.col(text).cast(pl.String).str.strip_chars(), pl.col(COLUMNS[3]).cast(pl.Int8))
+        table = pl.read_parquet(file, columns=columns)
+    except PARQUET_ERRORS as error:
+        raise UserError(f"{file} is not a readable Parquet file ({error}): prepare the folder again.") from None
+    try:
+        table = table.with_columns(pl.col(name).cast(types[name]) for name in columns)
     except pl.exceptions.PolarsError as error:
         raise UserError(f"{file} has a column of the wrong type ({error}): prepare the folder again.") from None
-    wrong = {f"an empty {name}": pl.col(name).fill_null("") == "" for name in text}
+    return table.with_columns(pl.col("photographer").str.strip_chars())
+
+
+def _cleaned(names: pl.Series) -> pl.Series:
+    """With NFC and single spaces. Each different name once, because there are millions of rows and few names."""
+    different = names.unique()
+    cleaned = different.to_frame("name").select(clean_name(pl.col("name")))["name"]
+    return names.replace_strict(different, cleaned, return_dtype=pl.String).rename(names.name)
+
+
+def _check(table: pl.DataFrame, file: Path) -> None:
+    """UserError for the first row that cannot be right."""
+    wrong = {f"an empty {name}": pl.col(name).fill_null("") == "" for name in ("path", "species_name")}
+    wrong["an empty photographer"] = pl.col("photographer") == ""  # null: unknown
+    if "subcategory" in table.columns:
+        wrong["an empty subcategory"] = pl.col("subcategory").fill_null("") == ""
     wrong["is_training_img other than 0 and 1"] = ~pl.col("is_training_img").is_in([0, 1]).fill_null(False)
+    wrong["a path that leads out of its folder"] = pl.col("path").str.contains(r"^/|(^|/)\.\.(/|$)")
     wrong["a path that another row has too"] = pl.col("path").is_duplicated()
     for problem, is_wrong in wrong.items():
         rows = table.with_row_index("row").filter(is_wrong)
@@ -46,12 +94,31 @@ def read_table(root: Path) -> pl.DataFrame:
                 f"{file}, row {rows['row'][0]} ({rows['path'][0]}) has {problem}: correct it, or prepare the folder "
                 "again."
             )
-    return with_species_ids(table.with_columns(pl.col("is_training_img").cast(pl.Boolean)))
 
 
-def species_names(table: pl.DataFrame) -> list[str]:
-    """The species' names in the order of their labels."""
-    return table.select("species_id", "species_name").unique().sort("species_id")["species_name"].to_list()
+def _split(table: pl.DataFrame, validation: float, file: Path) -> pl.Series:
+    """Of each row."""
+    training = table["is_training_img"]
+    held = pl.zeros(len(table), pl.Boolean, eager=True)
+    if validation:
+        held = held.scatter(training.arg_true(), held_out(_photographs(table.filter(training)), validation))
+        if not held.any():
+            raise ConfigError(
+                f"config.data.validation is {validation}, but that holds out none of the {training.sum():,} training "
+                f"photographs of {file}: no species has enough of them. Give a larger share, or 0."
+            )
+    kind = pl.when(held).then(pl.lit("validation")).when(training).then(pl.lit("train")).otherwise(pl.lit("test"))
+    return table.select(split=kind.cast(SPLIT))["split"]
+
+
+def _photographs(table: pl.DataFrame) -> pl.DataFrame:
+    """With the photograph's path instead of the image's: all birds that were cut out of one stay on one side."""
+    return table.with_columns(path="source") if "source" in table.columns else table
+
+
+def class_names(table: pl.DataFrame) -> list[str]:
+    """The names of the classes in the order of their labels."""
+    return table.select("label", "class_name").unique().sort("label")["class_name"].to_list()
 
 
 def read_prepared(root: Path) -> str:
@@ -60,14 +127,29 @@ def read_prepared(root: Path) -> str:
     return file.read_text() if file.exists() else ""
 
 
+def settings_of(root: Path) -> dict:
+    """The settings that the folder's images were made with; empty for the course's folder."""
+    try:
+        return dict(json.loads(read_prepared(root) or "{}"))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{root / PREPARED} is damaged ({error}): prepare the folder again.") from None
+
+
 def fingerprint(root: Path, table: pl.DataFrame) -> str:
-    """A hash of paths, labels, splits and the settings in prepared.json, independent of where the folder is."""
-    rows = table.select("path", "species_name", pl.col("is_training_img").cast(pl.Int8)).sort("path")
+    """A hash of paths, classes, splits and the settings in prepared.json, independent of where the folder is."""
+    # 1 and 0, as before there was a validation split: runs of that time go on.
+    number = (
+        pl.col("split")
+        .cast(pl.String)
+        .replace_strict({"train": "1", "test": "0", "validation": "2"})
+        .alias("is_training_img")
+    )
+    rows = table.select("path", pl.col("class_name").alias("species_name"), number).sort("path")
     return hashlib.sha256((rows.write_csv() + read_prepared(root)).encode()).hexdigest()[:16]
 
 
-def species_differences(of_run: list[str], of_data: list[str]) -> str:
-    """How many species each has, and the first few that only one of them has."""
+def class_differences(of_run: list[str], of_data: list[str]) -> str:
+    """How many classes each has, and the first few that only one of them has."""
     text = f"the run {len(of_run)}, the data {len(of_data)}"
     for who, ours, theirs in (("run", of_run, of_data), ("data", of_data, of_run)):
         if only := sorted(set(ours) - set(theirs)):

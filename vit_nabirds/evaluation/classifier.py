@@ -1,102 +1,155 @@
 """Photographs -> the species in them, by a run's checkpoint or a Hugging Face image classifier."""
 
 import collections
-import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from vit_nabirds.data.images import open_picture, to_rgb
+from vit_nabirds.data.crops import Box, cut, place
+from vit_nabirds.data.pictures import MAX_PIXELS, Picture, open_picture
 from vit_nabirds.errors import UserError
 from vit_nabirds.models.model import describe
 from vit_nabirds.models.pretrained.checkpoint import open_checkpoint
-from vit_nabirds.models.pretrained.processor import padding_to_square
+from vit_nabirds.models.pretrained.hf_config import read_json
+from vit_nabirds.models.pretrained.processor import crop_of, padding_to_square
 from vit_nabirds.parallel import devices
 from vit_nabirds.parallel.cpus import cpu_share
 from vit_nabirds.runs.loading import open_run
+
+log = logging.getLogger("vit_nabirds")
+
+Photograph = str | Path | bytes | Image.Image | np.ndarray
 
 
 class Classifier:
     """Names the species in photographs: `for answer in Classifier(workdir="runs/birds")(["a.jpg", "b.jpg"]): ...`.
 
-    Takes the `workdir` of a run (its best checkpoint, or that of `step`), or as `model` the folder or Hub id of any
-    image classifier, such as an exported run. Prepares images as those that it was trained on.
+    Takes the `workdir` of a run (its selected checkpoint, or that of `step`), or as `model` the folder or Hub id of any
+    image classifier, such as an exported run. Prepares images as those that it was trained on. Pictures of more than
+    `max_pixels` are not read.
     """
 
-    def __init__(self, *, workdir: str | Path | None = None, step: int | None = None, model: str | Path | None = None):
+    def __init__(
+        self,
+        *,
+        workdir: str | Path | None = None,
+        step: int | None = None,
+        model: str | Path | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ):
         if (workdir is None) == (model is None) or (step is not None and model):
             raise UserError("a Classifier takes a workdir, with or without a step, or a model.")
         if workdir:
             run = open_run(Path(workdir), step)
             self.species, self._mesh, self._params, network = run.metadata.species, run.mesh, run.params, run.model
-            self._prepare = padding_to_square(run.metadata.architecture["image_size"], run.metadata.normalization)
+            size, pads = run.metadata.architecture["image_size"], True
+            self._prepare = padding_to_square(size, run.metadata.normalization)
+            crop = run.metadata.crop
         else:
             checkpoint = open_checkpoint(str(model))
             if not checkpoint.labels:
                 raise UserError(f"{model} has no classifier: train one, with it as config.model.pretrained.")
             self.species, self._mesh = checkpoint.labels, devices.make_mesh()
-            architecture = checkpoint.architecture | {"image_size": checkpoint.image_size}
+            size, pads = checkpoint.image_size, checkpoint.pads_to_square
+            architecture = checkpoint.architecture | {"image_size": size}
             self._params = checkpoint.load(architecture, self.species, lambda x: devices.replicate(x, self._mesh))
             network = describe(architecture, len(self.species))
-            self._prepare = checkpoint.preprocessing(checkpoint.image_size)
+            self._prepare = checkpoint.preprocessing(size)
+            crop = crop_of(read_json(checkpoint.folder / "preprocessor_config.json"))
+        self._size, self._pads = size, pads
+        self._max_pixels, self._wants_boxes = max_pixels, crop == "box"
 
         def top_probabilities(params: dict, images: jax.Array, topk: int) -> tuple[jax.Array, jax.Array]:
             return jax.lax.top_k(jax.nn.softmax(network.logits(params, images)), topk)
 
         self._top = network.jit(top_probabilities, static_argnums=2)
 
-    def __call__(self, images: Iterable[str | Path | Image.Image | np.ndarray], topk: int = 5) -> Iterator[dict]:
+    def __call__(
+        self,
+        images: Photograph | Iterable[Photograph],
+        topk: int = 5,
+        find: Callable[[Photograph, Picture], list[Box | None]] | None = None,
+    ) -> Iterator[dict]:
         """A dict for each image, in order, lazily: `file`, `species` and `probability` (lists, the likeliest first) and
-        `problem`: None, or why the image cannot be read; its lists are then empty."""
+        `problem`: None, or why the image cannot be read; its lists are then empty.
+
+        An image is a path, the bytes of a file, a PIL image, or an array, uint8 (height, width, 3). `find` (image,
+        picture) lists the boxes in it: (left, top, width, height) in pixels of the upright picture, None for all of it;
+        or raises an exception that says why there is none. There is then a dict for each box, with the part of it that
+        lies in the picture, in whole pixels, as `box`.
+        """
         if topk < 1:
             raise UserError(f"topk is {topk}: ask for at least one species.")
-        if isinstance(images, str | Path | Image.Image):
+        if isinstance(images, str | Path | bytes | Image.Image) or isinstance(images, np.ndarray) and images.ndim < 4:
             images = [images]
+        if self._wants_boxes and find is None:
+            log.warning(
+                "the model has learned birds that were cut out of their photographs: it knows them best in pictures "
+                "cropped to the bird (`predict --boxes=FILE` crops photographs)"
+            )
+            self._wants_boxes = False  # once is enough
         topk = min(topk, len(self.species))
         batch_size = (8 if jax.default_backend() == "cpu" else 64) * self._mesh.size
+        crops = self._crops(images, find, 2 * batch_size)
+        while chunk := list(itertools.islice(crops, batch_size)):
+            yield from self._predict(chunk, topk, batch_size)
+
+    def _crops(self, images: Iterable[Photograph], find: Callable | None, ahead: int) -> Iterator[tuple]:
+        """(image, box, pixels or problem) for each box, while the next `ahead` images are being read."""
         images, waiting = iter(images), collections.deque()
         with ThreadPoolExecutor(cpu_share()) as pool:
             while True:
-                while len(waiting) < 2 and (chunk := list(itertools.islice(images, batch_size))):
-                    waiting.append((chunk, [pool.submit(self._read, image) for image in chunk]))
+                for image in itertools.islice(images, ahead - len(waiting)):
+                    waiting.append((image, pool.submit(self._read, image, find)))
                 if not waiting:
                     return
-                chunk, reading = waiting.popleft()
-                pixels = [job.result() for job in reading]
-                yield from self._predict(chunk, pixels, topk, batch_size)
+                image, job = waiting.popleft()
+                yield from ((image, box, pixels) for box, pixels in job.result())
 
-    def _read(self, image: str | Path | Image.Image | np.ndarray) -> np.ndarray | str:
-        """float32 (size, size, 3), normalised; or what is wrong with the image."""
+    def _read(self, image: Photograph, find: Callable | None) -> list[tuple[Box | None, np.ndarray | str]]:
+        """Each box of the image, and what is in it: float32 (size, size, 3), normalised; or what is wrong with it."""
         try:
-            return self._prepare(read_image(image))
+            picture = open_picture(image, self._max_pixels)
+            boxes = [None] if find is None else find(image, picture)
+            if not boxes:
+                raise ValueError("no box")
         except Exception as error:  # noqa: BLE001, because a damaged file makes a decoder raise anything
-            return str(error) or type(error).__name__
+            return [(None, _reason(error))]
+        return [self._cut(picture, box) for box in boxes]
 
-    def _predict(self, images: list, pixels: list, topk: int, batch_size: int) -> Iterator[dict]:
-        good = [array for array in pixels if not isinstance(array, str)]
+    def _cut(self, picture: Picture, box: Box | None) -> tuple[Box | None, np.ndarray | str]:
+        try:
+            crop = place(picture.size, box, self._size)
+            left, top, right, bottom = crop.region
+            box = box and (left, top, right - left, bottom - top)
+            # Other models' own preprocessing resizes, so it gets all pixels.
+            pixels = cut(picture, crop) if self._pads else picture.read()[top:bottom, left:right]
+            return box, self._prepare(pixels)
+        except Exception as error:  # noqa: BLE001
+            return box, _reason(error)
+
+    def _predict(self, crops: list[tuple], topk: int, batch_size: int) -> Iterator[dict]:
+        good = [pixels for _, _, pixels in crops if not isinstance(pixels, str)]
         likeliest = iter(())
         if good:
             filled = np.stack(good + [np.zeros_like(good[0])] * (batch_size - len(good)))
             batch = devices.to_devices({"image": filled}, self._mesh)
             likeliest = zip(*jax.device_get(self._top(self._params, batch["image"], topk)), strict=True)
-        for image, array in zip(images, pixels, strict=True):
-            answer = {"file": str(image) if isinstance(image, str | Path) else None}
-            if isinstance(array, str):
-                yield answer | {"species": [], "probability": [], "problem": array}
+        for image, box, pixels in crops:
+            answer = {"file": str(image) if isinstance(image, str | Path) else None, "box": box}
+            if isinstance(pixels, str):
+                yield answer | {"species": [], "probability": [], "problem": pixels}
             else:
                 probabilities, labels = next(likeliest)
                 species = [self.species[label] for label in labels]
                 yield answer | {"species": species, "probability": probabilities.tolist(), "problem": None}
 
 
-def read_image(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
-    """uint8 (height, width, 3), upright. An array must already be that. Leaves a given image open."""
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(image)
-    with contextlib.nullcontext(image) if isinstance(image, Image.Image) else open_picture(image) as opened:
-        return to_rgb(ImageOps.exif_transpose(opened))
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__

@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 from vit_nabirds.models.normalization import Normalization
 from vit_nabirds.models.pretrained.hf_config import PARTS, config_of, family
 from vit_nabirds.models.pretrained.names import mapping
-from vit_nabirds.models.pretrained.processor import PAD_TO_SQUARE
+from vit_nabirds.models.pretrained.processor import CROP, PAD_TO_SQUARE
 
 CLASSES = {
     "vit": "ViTForImageClassification",
@@ -19,13 +19,16 @@ CLASSES = {
 
 
 def save_checkpoint(
-    folder: Path, architecture: dict, params: dict, labels: list[str], normalization: Normalization
+    folder: Path, architecture: dict, params: dict, labels: list[str], normalization: Normalization, crop: str
 ) -> None:
-    """Write config.json, model.safetensors (float32) and preprocessor_config.json into an existing folder."""
+    """Write config.json, model.safetensors (float32) and preprocessor_config.json into an existing folder.
+
+    `crop` says what of its photographs the model was trained on: "box" (of the bird) or "none" (all).
+    """
     architecture, params = _as_family(PARTS | architecture, params)
     tensors = _tensors(architecture, params, len(labels))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    processor = _processor(architecture["image_size"], normalization)
+    processor = _processor(architecture["image_size"], normalization, crop)
     for name, content in {"config.json": _config(architecture, labels), "preprocessor_config.json": processor}.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
@@ -56,13 +59,13 @@ def _config(architecture: dict, labels: list[str]) -> dict:
     return config_of(architecture) | fields | ({} if model_type == "vit" else {"use_mask_token": False})
 
 
-def _processor(size: int, normalization: Normalization) -> dict:
+def _processor(size: int, normalization: Normalization, crop: str) -> dict:
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True, "size": {"height": size, "width": size}, "resample": 3,
         "do_rescale": True, "rescale_factor": 1 / 255,
         "do_normalize": True, "image_mean": list(normalization.mean), "image_std": list(normalization.std),
-        PAD_TO_SQUARE: True,
+        PAD_TO_SQUARE: True, CROP: crop,
     }  # fmt: skip
 
 

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from vit_nabirds.data.prepare import fit
+from vit_nabirds.data.crops import fit
 from vit_nabirds.errors import UserError
 from vit_nabirds.models.normalization import Normalization
 
-PAD_TO_SQUARE = "vit_nabirds_pad_to_square"  # a field of ours: fit the image into a black square first
+# Fields of ours.
+PAD_TO_SQUARE = "vit_nabirds_pad_to_square"  # whether to fit the image into a black square first
+CROP = "vit_nabirds_crop"  # what of its photographs the model was trained on: "box" (of the bird) or "none" (all)
 
 
 def read_processor(processor: dict, hf: dict, file: Path) -> tuple[int, Normalization]:
@@ -36,6 +38,11 @@ def read_processor(processor: dict, hf: dict, file: Path) -> tuple[int, Normaliz
         require(field, numbers and (field == "image_mean" or min(value) > 0), "expected three numbers")
         values.append(tuple(value))
     return size, Normalization(*values)
+
+
+def crop_of(processor: dict) -> str | None:
+    """What a model was trained on, as `CROP`; None if preprocessor_config.json leaves it open."""
+    return processor.get(CROP, "box" if processor.get(PAD_TO_SQUARE) else None)
 
 
 def _square_side(size) -> int | None:

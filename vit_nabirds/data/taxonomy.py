@@ -1,0 +1,94 @@
+"""The tree above the classes, as NABirds' hierarchy.txt has it: how far a mistake is from the truth."""
+
+import collections
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from vit_nabirds.errors import UserError
+
+HIERARCHY, CLASSES = "hierarchy.txt", "classes.txt"  # '<child> <parent>' and '<node> <name>', as in the archive
+
+
+@dataclasses.dataclass(frozen=True)
+class Taxonomy:
+    """`ancestors`, int32 (classes, levels): at each level below the root the node that a class belongs to. A class that
+    is higher up than the deepest level is its own ancestor below itself. `depths`, int32 (classes)."""
+
+    ancestors: np.ndarray
+    depths: np.ndarray
+
+    @property
+    def levels(self) -> int:
+        return self.ancestors.shape[1]
+
+    def agrees(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """For labels (n,) and (n,): boolean (n, levels), whether both have the same ancestor at a level."""
+        return self.ancestors[one] == self.ancestors[other]
+
+    def distance(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """For labels (n,) and (n,): edges of the tree between the two, int (n,)."""
+        common = np.minimum(self.agrees(one, other).sum(1), np.minimum(self.depths[one], self.depths[other]))
+        return self.depths[one] + self.depths[other] - 2 * common
+
+
+def write(root: Path, tree: pl.DataFrame | None, table: pl.DataFrame) -> str:
+    """Write hierarchy.txt and classes.txt of a tree with node, parent and name, or remove them without one. Returns how
+    many classes are how deep, for the user."""
+    for name in (HIERARCHY, CLASSES):
+        (root / name).unlink(missing_ok=True)
+    if tree is None:
+        return ""
+    children = tree.filter(pl.col("parent").is_not_null())
+    for name, rows in ((HIERARCHY, children.select("node", "parent")), (CLASSES, tree.select("node", "name"))):
+        (root / name).write_text("".join(f"{key} {value}\n" for key, value in rows.rows()), newline="\n")
+    parents = dict(children.select("node", "parent").rows())
+    depths = collections.Counter(len(_above(node, parents)) for node in table["node"].unique().drop_nulls())
+    return ", ".join(f"{count:,} classes at depth {depth}" for depth, count in sorted(depths.items()))
+
+
+def read_taxonomy(root: Path, table: pl.DataFrame) -> Taxonomy | None:
+    """Of a prepared folder, for the classes of a table from `read_table`; None where the archive had no tree."""
+    file = root / HIERARCHY
+    if not file.is_file() or "node" not in table.columns:
+        return None
+    try:
+        parents = dict(line.split() for line in file.read_text().splitlines())
+        names = dict(line.split(maxsplit=1) for line in (root / CLASSES).read_text().splitlines())
+        nodes = table.select("label", "class_name", "node").unique().sort("label", "node")
+        return _of_paths([_path(rows, parents, names) for _, rows in nodes.group_by("label", maintain_order=True)])
+    except (OSError, ValueError, KeyError, RecursionError) as error:
+        raise UserError(f"{file} does not fit metadata.parquet ({error!r}): prepare the folder again.") from None
+
+
+def _path(rows: pl.DataFrame, parents: dict[str, str], names: dict[str, str]) -> list[str]:
+    """The nodes from below the root to a class. One with several leaves, as a species with its plumages, is the lowest
+    node above all of them, or a node of its own below that if the name of the lowest is another."""
+    paths = [_above(node, parents) for node in rows["node"]]
+    if len(paths) == 1:
+        return paths[0]
+    shortest = min(map(len, paths))
+    same = [len({path[level] for path in paths}) == 1 for level in range(shortest)]
+    common = paths[0][: same.index(False) if False in same else shortest]
+    name = rows["class_name"][0]
+    return common if common and names.get(common[-1]) == name else [*common, f"{name} (class)"]
+
+
+def _above(node: str, parents: dict[str, str]) -> list[str]:
+    path = []
+    while node in parents:  # the root has no parent
+        if len(path) > 1000:
+            raise ValueError(f"{node} is its own ancestor")
+        path.append(node)
+        node = parents[node]
+    return path[::-1]
+
+
+def _of_paths(paths: list[list[str]]) -> Taxonomy:
+    levels = max(map(len, paths))
+    filled = [path + path[-1:] * (levels - len(path)) for path in paths]
+    nodes = {node: number for number, node in enumerate(sorted({node for path in filled for node in path}))}
+    ancestors = np.array([[nodes[node] for node in path] for path in filled], np.int32)
+    return Taxonomy(ancestors, np.array([len(path) for path in paths], np.int32))
