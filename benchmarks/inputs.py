@@ -41,10 +41,10 @@ def open_images(root: str | Path, packed: bool):
     if not packed:  # the same folder without its packed form
         bare = Path(tempfile.mkdtemp())
         atexit.register(shutil.rmtree, bare)
-        for name in ("metadata.parquet", "cleaned_images"):
+        for name in ("metadata.parquet", "prepared.json", "cleaned_images"):
             (bare / name).symlink_to(root / name)
         root = bare
-    return open_split(root, read_table(root), train=True)
+    return open_split(root, read_table(root), "train")
 
 
 def _batches(images, batch_size: int) -> Iterator[dict]:
@@ -144,7 +144,7 @@ def seed(root: str, batch_size: int, count: int) -> Callable:
 
         def __getitem__(self, index: int) -> dict:
             return {
-                "img": iio.imread(images.images.folder / images.images.paths[index]),
+                "img": iio.imread(images.images.folder / images.path(index)),
                 "species_id": images.labels[index],
             }
 

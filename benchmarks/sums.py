@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from vit_nabirds.data.photographs import open_split
-from vit_nabirds.data.table import read_table, species_names
+from vit_nabirds.data.table import class_names, read_table
 from vit_nabirds.models.model import describe
 from vit_nabirds.models.normalization import to_float, zscore
 from vit_nabirds.models.pretrained.checkpoint import open_checkpoint
@@ -27,7 +27,7 @@ PARAMETERS = ["encoder/layers/0/attn/query/kernel", "encoder/layers/6/mlp/layers
 def gradients(name: str, folder: Path, count: int) -> dict[str, np.ndarray]:
     """Of each of `count` photographs: (count, elements) for each of PARAMETERS."""
     table, checkpoint = read_table(folder), open_checkpoint(name)
-    photographs, species = open_split(folder, table, train=False), species_names(table)
+    photographs, species = open_split(folder, table, "test"), class_names(table)
     model = describe(checkpoint.architecture, len(species), "bfloat16")
     params = model.initial_params(0) | checkpoint.load(checkpoint.architecture, species)
     head = params["classifier/kernel"]
@@ -40,9 +40,10 @@ def gradients(name: str, folder: Path, count: int) -> dict[str, np.ndarray]:
         found = jax.grad(lambda own: cross_entropy(model.logits(params | own, pixels), label[None])[0])(chosen)
         return [found[path].ravel() for path in PARAMETERS]
 
-    rows = np.linspace(0, len(photographs) - 1, count).astype(int)
-    read = photographs.read(rows)
-    found = [jax.device_get(gradient(*record)) for record in zip(read["image"], read["label"], strict=True)]
+    found, image = [], np.empty((photographs.size, photographs.size, 3), np.uint8)
+    for index in np.linspace(0, len(photographs) - 1, count).astype(int):
+        photographs.read(index, image)
+        found.append(jax.device_get(gradient(image, photographs.labels[index])))
     return {path: np.stack(arrays) for path, arrays in zip(PARAMETERS, zip(*found, strict=True), strict=True)}
 
 

@@ -225,7 +225,7 @@ def test_several_commands_in_one_process(our_log, tmp_path, capfd):
         assert exits(capfd, "prepare", f"--archive={tmp_path / 'archive'}", f"--out={tmp_path / out}", *sizes)[0] == 0
         assert (tmp_path / out / "metadata.parquet").exists()
         sizes = ()
-    sides = [open_split(tmp_path / out, read_table(tmp_path / out), train=True).size for out in ("one", "two")]
+    sides = [open_split(tmp_path / out, read_table(tmp_path / out), "train").size for out in ("one", "two")]
     assert sides == [40, 269]
 
 
@@ -334,7 +334,7 @@ def test_prepare(main, tmp_path):
     draw_archive(tmp_path / "archive", species=2, train=2, test=1, size=(40, 60))
     done = main("prepare", "--archive=archive", "--out=out", "--train_size=40", "--test_size=32")
     assert done.returncode == 0 and "6 photographs (4 train, 2 test), 2 species" in done.stdout
-    assert open_split(tmp_path / "out", read_table(tmp_path / "out"), train=True).size == 40
+    assert open_split(tmp_path / "out", read_table(tmp_path / "out"), "train").size == 40
     assert main("prepare", "--archive=archive", "--out=table", "--metadata_only").returncode == 0
     assert [file.name for file in (tmp_path / "table").iterdir()] == ["metadata.parquet"]
 

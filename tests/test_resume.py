@@ -64,16 +64,16 @@ def test_a_run_moves_between_four_devices_and_one(main, undisturbed, tmp_path):
         assert f"on {devices} cpu device(s)" in done.stderr and steps_of(workdir)[-1] == step
     assert losses(workdir) == pytest.approx(losses(undisturbed), rel=1e-4)
     evaluations = read_evaluations(workdir / "metrics.jsonl")
-    assert [evaluation["test/examples"] for evaluation in evaluations.values()] == [15] * 4
+    assert [evaluation["val/examples"] for evaluation in evaluations.values()] == [8] * 4
 
 
 @pytest.mark.parametrize("lost", ["metrics.jsonl", "selection.json", "a bit of selection.json", "both"])
 def test_the_best_checkpoint_outlives_a_resume_whatever_is_lost(tiny_config, tmp_path, lost):
     with at("step 6/20", terminate):
         train(tiny_config, tmp_path)
-    selection = Selection.read(tmp_path, [5, 8])
+    selection = Selection.read(tmp_path, [5, 8], "val/accuracy")
     assert list(selection.evaluations) == [5] and selection.unknown == []
-    selection.evaluations[5]["test/accuracy"] = 1.0  # nothing later is better
+    selection.evaluations[5]["val/accuracy"] = 2.0  # nothing later is better
     selection.write()
     log, file = tmp_path / "metrics.jsonl", tmp_path / "selection.json"
     if lost in ("metrics.jsonl", "both"):
@@ -81,12 +81,12 @@ def test_the_best_checkpoint_outlives_a_resume_whatever_is_lost(tiny_config, tmp
     if lost in ("selection.json", "both"):
         file.unlink()
     if lost == "a bit of selection.json":
-        file.write_text(file.read_text().replace("1.0", "0.0"))
+        file.write_text(file.read_text().replace("2.0", "0.0"))
     assert train(tiny_config, tmp_path) == FINISHED
     if lost == "metrics.jsonl":
         assert steps_of(tmp_path) == [5, 15, 20]
     else:  # step 8 was not evaluated, but that is lost too
-        best = Selection.read(tmp_path, []).best([10, 15, 20])
+        best = Selection.read(tmp_path, [], "val/accuracy").best([10, 15, 20])
         assert steps_of(tmp_path) == sorted({5, 8, 15, 20, best})
 
 
@@ -172,10 +172,10 @@ def test_other_species_are_refused_by_name(undisturbed, tiny_config, tmp_path, p
     tiny_config.data.root = str(other)
     with pytest.raises(UserError) as refused:
         train(tiny_config, undisturbed)
-    assert "holds a run on other species than" in str(refused.value) and differ in str(refused.value)
+    assert "holds a run on other classes than" in str(refused.value) and differ in str(refused.value)
     with pytest.raises(UserError) as refused:
         evaluate(undisturbed, root=str(other))
-    assert "has other species than the run" in str(refused.value) and differ in str(refused.value)
+    assert "has other classes than the run" in str(refused.value) and differ in str(refused.value)
 
     table.filter(pl.col("species_name") != names[0]).write_parquet(other / "metadata.parquet")
     with pytest.raises(UserError) as refused:

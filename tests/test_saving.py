@@ -46,7 +46,7 @@ def test_three_lines_of_orbax_read_every_parameter(undisturbed):
 
 def test_the_newest_and_the_best_checkpoints_are_kept_and_describe_themselves(undisturbed):
     steps, metadata = existing(undisturbed / "checkpoints")
-    best = Selection.read(undisturbed, []).best([5, 10, 15, 20])
+    best = Selection.read(undisturbed, [], "val/accuracy").best([5, 10, 15, 20])
     assert set(steps) == {15, 20, best}
     assert len(metadata.species) == 4 and metadata.architecture["hidden_size"] == 16
     assert metadata.config["batch_size"] == 8 and metadata.normalization.mean == (0.5, 0.5, 0.5)

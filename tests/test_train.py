@@ -15,6 +15,7 @@ import polars as pl
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_pack import images_of
 from tiny_runs import FINISHED, arrays_of, losses, metadata_of, prepared_run, steps_of, train
 
 from vit_nabirds.audit.program import collectives
@@ -44,29 +45,113 @@ def test_it_learns(undisturbed):
 def test_what_a_run_leaves(undisturbed, prepared):
     files = {file.name for file in undisturbed.iterdir()}
     assert {"config.json", "checkpoints", "tensorboard", "metrics.jsonl", "selection.json", "results.json"} <= files
+    assert "predictions.parquet" in files and not [name for name in files if "partial" in name]
     config = json.loads((undisturbed / "config.json").read_text())
     assert config["data"]["root"] == str(prepared) and config["model"]["hidden_size"] == 16
     evaluations = read_evaluations(undisturbed / "metrics.jsonl")
     assert list(evaluations) == [5, 10, 15, 20]
-    assert Selection.read(undisturbed, []).evaluations == evaluations
-    assert all(evaluation["test/examples"] == 15 for evaluation in evaluations.values())
+    for step, figures in Selection.read(undisturbed, [], "val/accuracy").evaluations.items():
+        assert figures.items() <= evaluations[step].items() and figures["val/examples"] == 8
+    tested = [step for step, figures in evaluations.items() if "test/accuracy" in figures]
+    assert tested == sorted({20, json.loads((undisturbed / "results.json").read_text())["selected"]["step"]})
 
 
-def test_the_results_are_those_of_the_best_checkpoint_and_of_the_last(undisturbed):
+ACCURACIES = {"accuracy", "top5_accuracy", "mean_class_accuracy", "accuracy_level1"}
+
+
+def test_the_results_are_those_of_the_selected_checkpoint_and_of_the_last(undisturbed):
     evaluations = read_evaluations(undisturbed / "metrics.jsonl")
     results = json.loads((undisturbed / "results.json").read_text())
     assert results.keys() == {"selected", "test", "last"}
     selected = results["selected"]
-    assert selected["metric"] == "test/accuracy" and results["last"]["step"] == 20
-    assert selected["value"] == max(evaluation["test/accuracy"] for evaluation in evaluations.values())
+    assert selected["metric"] == "val/accuracy" and results["last"]["step"] == 20
+    assert selected["value"] == max(evaluation["val/accuracy"] for evaluation in evaluations.values())
     for scores, step in ((results["test"], selected["step"]), (results["last"]["test"], 20)):
-        assert {f"test/{name}": value for name, value in scores.items()} == evaluations[step]
-    assert set(results["test"]) == {"loss", "accuracy", "top5_accuracy", "mean_class_accuracy", "examples"}
+        figures = {f"test/{name}": value for name, value in scores.items() if not name.endswith("_interval")}
+        assert figures.items() <= evaluations[step].items() and figures["test/examples"] == 15
+        assert ACCURACIES | {"loss"} <= scores.keys()
+        for name in ACCURACIES:
+            low, high = scores[f"{name}_interval"]
+            assert 0 <= low <= scores[name] <= high <= 1 and high - low > 0.1
+
+
+def test_predictions_are_those_of_the_selected_checkpoint(undisturbed, prepared):
+    results = json.loads((undisturbed / "results.json").read_text())
+    predictions = pl.read_parquet(undisturbed / "predictions.parquet")
+    table = read_table(prepared).filter(split="test")
+    assert predictions.select("path", label=pl.col("label")).equals(table.select("path", label=pl.col("class_name")))
+    right = (predictions["predictions"].list.first() == predictions["label"]).mean()
+    assert right == pytest.approx(results["test"]["accuracy"])
+    assert predictions["predictions"].list.n_unique().to_list() == [4] * 15  # of five at most
+    assert predictions["probabilities"].list.sum().to_list() == pytest.approx([1.0] * 15, abs=1e-5)
+    assert all(row == sorted(row, reverse=True) for row in predictions["probabilities"].to_list())
+
+
+def test_without_validation_the_last_checkpoint_is_the_result(tiny_config, tmp_path, caplog):
+    caplog.set_level("INFO", "vit_nabirds")
+    tiny_config.data.validation, tiny_config.epochs = 0.0, 2.0
+    tiny_config.evaluate.every = "6 steps"
+    assert train(tiny_config, tmp_path) == FINISHED
+    evaluations = read_evaluations(tmp_path / "metrics.jsonl")
+    assert list(evaluations) == [6, 12] and all("val/accuracy" not in figures for figures in evaluations.values())
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["selected"].pop("why") == "the last checkpoint: with data.validation=0 nothing is selected"
+    assert results["selected"] == {"step": 12, "metric": None, "value": None}
+    assert (
+        results["test"] == results["last"]["test"] and results["test"]["accuracy"] == evaluations[12]["test/accuracy"]
+    )
+    assert "at step 12, the last checkpoint: with data.validation=0 nothing is selected" in caplog.text
+    assert open_run(tmp_path).step == 12 and steps_of(tmp_path) == [6, 12]
+    assert (tmp_path / "predictions.parquet").exists()
+
+
+def test_patience_ends_a_run_that_gets_no_better(tiny_config, tmp_path, caplog):
+    caplog.set_level("INFO", "vit_nabirds")
+    tiny_config.optimizer.learning_rate = 1e-30
+    tiny_config.evaluate.every, tiny_config.evaluate.select, tiny_config.evaluate.patience = "2 steps", "loss", 3
+    tiny_config.optimizer.warmup = "0 steps"
+    for _ in range(2):  # a second start finds it finished
+        assert train(tiny_config, tmp_path) == FINISHED
+        results = json.loads((tmp_path / "results.json").read_text())
+        assert results["selected"]["step"] == 2 and results["last"]["step"] == 8
+        assert results["selected"]["metric"] == "val/loss" and max(losses(tmp_path)) == 8
+    assert "not better since, so 12 steps were left out" in caplog.text
+    assert set(steps_of(tmp_path)) == {2, 6, 8} and open_run(tmp_path).step == 2
+
+
+def test_categories_can_be_trained_on(tiny_config, tmp_path):
+    tiny_config.data.label, tiny_config.epochs = "category", 1.0
+    assert train(tiny_config, tmp_path) == FINISHED
+    run = open_run(tmp_path)
+    assert len(run.metadata.species) == 6 and run.params["classifier/bias"].shape == (6,)
+    assert "accuracy_level1" in run.test and run.metadata.config["data"]["label"] == "category"
+    assert evaluate(tmp_path) == 0
+
+
+def test_a_run_goes_on_without_photographs_that_cannot_be_read(tiny_config, prepared, tmp_path, caplog):
+    birds = shutil.copytree(prepared, tmp_path / "birds")
+    table = read_table(birds, validation=tiny_config.data.validation)
+    for split in ("train", "validation", "test"):
+        (birds / "cleaned_images" / table.filter(split=split)["path"][1]).write_bytes(b"gone")
+    tiny_config.data.root, tiny_config.epochs = str(birds), 1.0
+    with pytest.raises(UserError, match="cannot be read"):
+        train(tiny_config, tmp_path / "run")
+    tiny_config.data.on_error = "skip"
+    with pytest.raises(UserError, match="1 of 40 photographs cannot be read, more than config.data.max_skipped = 0.01"):
+        train(tiny_config, tmp_path / "run")
+    tiny_config.data.max_skipped = 0.2
+    assert train(tiny_config, tmp_path / "run") == FINISHED
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["test"]["examples"] == 14 and results["test"]["skipped"] == 1
+    assert read_evaluations(tmp_path / "run" / "metrics.jsonl")[5]["val/examples"] == 7
+    assert pl.read_parquet(tmp_path / "run" / "predictions.parquet").height == 14
+    assert sum("left out (1 of 40 photographs so far)" in message for message in caplog.messages) == 1
 
 
 def test_every_line_of_the_metrics_has_step_epoch_and_time(undisturbed):
     lines = read_metrics(undisturbed / "metrics.jsonl")
-    assert len(lines) == 20 + 4
+    tested = [line for line in lines if "test/accuracy" in line]
+    assert len(lines) == 20 + 4 + len(tested) and 1 <= len(tested) <= 2
     assert all(line["epoch"] == pytest.approx(line["step"] * 8 / 40) for line in lines)
     times = [line["time"] for line in lines]
     assert times == sorted(times) and 0 <= time.time() - times[0] < 24 * 3600
@@ -78,7 +163,7 @@ def test_the_log_has_step_and_epoch(tiny_config, tmp_path, caplog):
     assert train(tiny_config, tmp_path) == FINISHED
     shown = [message for message in caplog.messages if message.startswith("step ")]
     starts = ["step 1/5, epoch 0.20: loss ", "step 3/5, epoch 0.60: loss ", "step 5/5, epoch 1.00: loss "]
-    starts.append("step 5/5, epoch 1.00: test/loss ")
+    starts += ["step 5/5, epoch 1.00: val/loss ", "step 5/5, epoch 1.00: test/loss "]
     assert [message[: len(start)] for message, start in zip(shown, starts, strict=True)] == starts
 
 
@@ -88,7 +173,7 @@ def test_tensorboard_reads_what_was_written(undisturbed):
     tags = events.Tags()
     expected = {"loss", "accuracy", "learning_rate", "gradient_norm", "images_per_second", "input_wait"}
     assert {f"train/{name}" for name in expected} <= set(tags["scalars"])
-    for name in ("train/loss", "test/accuracy"):
+    for name in ("train/loss", "val/accuracy", "test/accuracy"):
         written = {line["step"]: line[name] for line in read_metrics(undisturbed / "metrics.jsonl") if name in line}
         assert {event.step: pytest.approx(event.value) for event in events.Scalars(name)} == written
     assert tags["images"] == ["train/augmented"]
@@ -133,21 +218,22 @@ def test_both_steps_normalise_as_the_checkpoint_says(undisturbed):
     assert float(measured) == pytest.approx(float(loss_of(augment(batch["image"], step_keys(3, 5)[0], 16))), rel=1e-5)
 
     batch["image"] = batch["image"][:, :16, :16]
-    zeros = {"loss": 0.0, "top1": jnp.zeros(4), "top5": 0.0, "examples": jnp.zeros(4)}
-    totals = make_eval_step(model, other)(params, zeros, batch | {"mask": np.ones(4, np.float32)})
+    zeros = {"loss": 0.0, "top5": 0, "confusion": jnp.zeros((4, 4), jnp.int32)}
+    totals, _ = make_eval_step(model, other, make_mesh())(params, zeros, batch | {"mask": np.ones(4, np.float32)})
     assert float(totals["loss"]) / 4 == pytest.approx(float(loss_of(batch["image"] / np.float32(255))), rel=1e-5)
 
 
 def test_evaluate_prints_the_numbers_of_training(undisturbed, tmp_path, capsys):
     run = shutil.copytree(undisturbed, tmp_path / "run")
-    evaluations, written = read_evaluations(run / "metrics.jsonl"), (run / "results.json").read_text()
-    best = json.loads(written)["selected"]["step"]
-    for step, expected in ((None, best), (20, 20)):
+    written = (run / "results.json").read_text()
+    trained = json.loads(written)
+    for step, expected, by in ((None, trained, "val/accuracy"), (20, trained["last"], None)):
         assert evaluate(run, step) == 0
         printed = capsys.readouterr().out
         results = json.loads(printed)
-        assert printed.count("\n") == 1 and results["step"] == expected
-        assert {f"test/{name}": value for name, value in results["test"].items()} == evaluations[expected]
+        assert printed.count("\n") == 1 and results["test"] == expected["test"]
+        assert results["step"] == (step or trained["selected"]["step"])
+        assert results["selected_by"] == by or trained["selected"]["step"] == 20
     assert (run / "results.json").read_text() == written
     with pytest.raises(UserError, match="no checkpoint of step 7"):
         evaluate(run, 7)
@@ -155,17 +241,17 @@ def test_evaluate_prints_the_numbers_of_training(undisturbed, tmp_path, capsys):
 
 def test_evaluation_counts_as_numpy_does(undisturbed, prepared):
     """The sums on the devices, over batches with a padded last one, against one plain pass."""
-    metadata, split = metadata_of(undisturbed), open_split(prepared, read_table(prepared), train=False)
-    images = zscore(to_float(split.read(np.arange(15))["image"]), metadata.normalization)
+    metadata, split = metadata_of(undisturbed), open_split(prepared, read_table(prepared), "test")
+    images = zscore(to_float(images_of(split)), metadata.normalization)
     logits = np.asarray(describe(metadata.architecture, 4).logits(open_run(undisturbed, 20).params, images))
     right = logits.argmax(-1) == split.labels
     log_sum = np.log(np.exp(logits).sum(-1))
-    measured = read_evaluations(undisturbed / "metrics.jsonl")[20]
-    assert measured["test/accuracy"] == pytest.approx(right.mean())
-    assert measured["test/loss"] == pytest.approx((log_sum - logits[np.arange(15), split.labels]).mean(), rel=1e-5)
+    measured = json.loads((undisturbed / "results.json").read_text())["last"]["test"]
+    assert measured["accuracy"] == pytest.approx(right.mean())
+    assert measured["loss"] == pytest.approx((log_sum - logits[np.arange(15), split.labels]).mean(), rel=1e-5)
     by_class = [right[split.labels == label].mean() for label in range(4)]
-    assert measured["test/mean_class_accuracy"] == pytest.approx(np.mean(by_class))
-    assert measured["test/top5_accuracy"] == 1
+    assert measured["mean_class_accuracy"] == pytest.approx(np.mean(by_class))
+    assert measured["top5_accuracy"] == 1
 
 
 @pytest.mark.parametrize("pattern", ["classifier", "encoder/layers/1/|classifier"])

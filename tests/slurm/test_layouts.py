@@ -42,7 +42,7 @@ def test_two_tasks_train_as_one_process_with_two_devices(slurm, one_process, pre
     assert run.stderr.count("finished: ") == 1  # one process writes
     assert "2 cpu device(s) of 2 process(es)" in run.stderr
     assert_same(trace(tmp_path), trace(one_process))
-    assert read_evaluations(tmp_path / "metrics.jsonl")[60]["test/examples"] == 15
+    assert read_evaluations(tmp_path / "metrics.jsonl")[60]["val/examples"] == 8
 
 
 def test_a_run_moves_from_2x2_to_1x4_4x1_and_1x1_processes_and_devices(slurm, one_process, prepared, tmp_path):
@@ -64,4 +64,4 @@ def test_a_run_moves_from_2x2_to_1x4_4x1_and_1x1_processes_and_devices(slurm, on
     assert job.log().count("s after the signal") == 3
     assert_same(trace(workdir), trace(one_process))
     evaluations = read_evaluations(workdir / "metrics.jsonl")
-    assert [evaluation["test/examples"] for evaluation in evaluations.values()] == [15] * 6
+    assert [evaluation["val/examples"] for evaluation in evaluations.values()] == [8] * 6

@@ -63,8 +63,7 @@ def of_run(run: Run, step: Audit) -> Iterator[str]:
     sizes = {path: math.prod(x.shape) for path, x in run.model.shapes.items()}
     config, plan = run.config, run.plan
     trained, stored = sum(sizes[path] for path in run.trainable), _bytes(run.state_shapes())
-    train, test = len(run.train_split), len(run.test_split)
-    yield f"data         {run.model.num_classes} species, {train:,} train and {test:,} test photographs"
+    yield f"data         {run.data_in_words}"
     yield f"model        {sum(sizes.values()):,} parameters, {trained:,} of them trained, in {config.compute_dtype}"
     yield (
         f"run          {plan.total_steps:,} steps of {config.batch_size:,} photographs, from step {run.start:,} on; "

@@ -14,7 +14,7 @@ log = logging.getLogger("vit_nabirds")
 REQUIRED = ("workdir", "out")
 FLAGS = {
     "workdir": (str, "Folder of the run."),
-    "step": (int, "Step of the checkpoint (default: the best)."),
+    "step": (int, "Step of the checkpoint (default: the selected one)."),
     "out": (str, "Folder to write; it must not exist."),
 }
 PARALLEL = False
@@ -27,7 +27,7 @@ def run(options, group) -> int:
 
 
 def export(workdir: Path, out: Path, step: int | None = None) -> None:
-    """Write the folder `out`, which must not exist, from a run's best checkpoint or that of a step."""
+    """Write the folder `out`, which must not exist, from a run's selected checkpoint or that of a step."""
     if out.exists():
         raise UserError(f"{out} exists already: choose another --out, or remove it first.")
     from vit_nabirds.models.pretrained.export import save_checkpoint
@@ -38,7 +38,8 @@ def export(workdir: Path, out: Path, step: int | None = None) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        save_checkpoint(unfinished, metadata.architecture, opened.params, metadata.species, metadata.normalization)
+        classes, seen = metadata.species, (metadata.normalization, metadata.crop)
+        save_checkpoint(unfinished, metadata.architecture, opened.params, classes, *seen)
         (unfinished / "README.md").write_text(model_card(opened, out.name))
         unfinished.chmod(0o755)  # mkdtemp and safetensors make them private
         (unfinished / "model.safetensors").chmod(0o644)
@@ -52,13 +53,12 @@ def export(workdir: Path, out: Path, step: int | None = None) -> None:
 def model_card(opened, name: str) -> str:
     """README.md of the folder, with the Hub's metadata at its head, for a run from `open_run`."""
     metadata, config = opened.metadata, opened.metadata.config
-    size, measured = metadata.architecture["image_size"], "not evaluated at this step"
-    if values := {key.removeprefix("test/"): value for key, value in opened.metrics.items()}:
-        measured = (
-            f"{values['accuracy']:.2%} top-1, {values['top5_accuracy']:.2%} top-5 and "
-            f"{values['mean_class_accuracy']:.2%} mean per-class accuracy on {values['examples']:,} test photographs"
-        ).replace("%", " %")
+    size = metadata.architecture["image_size"]
     fields = ("model", "optimizer", "batch_size", "epochs", "trainable")
+    shown, advice = "whole photographs", "whole photographs fitted into a black square, so pad yours"
+    if metadata.crop == "box":
+        shown = "photographs cropped to the birds' bounding boxes"
+        advice = "birds cut out and fitted into a black square, so crop to the bird, and pad"
     recipe = json.dumps({field: config[field] for field in fields}, indent=2)
     return f"""---
 library_name: transformers
@@ -70,13 +70,13 @@ tags: [birds, vision]
 Names {len(metadata.species):,} species of birds in photographs ({size} x {size} pixels). Fine-tuned with vit-nabirds
 from `{config["model"]["pretrained"] or "random weights"}`, and exported after step {opened.step:,}.
 
-**Measured:** {measured}.
+**Measured:** {measured(opened)}.
 
-**Data:** photographs cropped to the birds' bounding boxes (metadata fingerprint `{metadata.fingerprint}`). If they are
-from NABirds, the Cornell Lab of Ornithology collected them, and its terms of use apply. Please credit the
-photographers, whom the data set names image by image in `photographers.txt`, wherever you show their pictures.
+**Data:** {shown} (metadata fingerprint `{metadata.fingerprint}`). If they are from NABirds,
+the Cornell Lab of Ornithology collected them, and its terms of use apply. Please credit the photographers, whom the
+data set names image by image in `photographers.txt`, wherever you show their pictures.
 
-**Use:** the model was trained on birds cut out and fitted into a black square, so crop to the bird, and pad:
+**Use:** the model was trained on {advice}:
 
 ```python
 from PIL import Image, ImageOps
@@ -95,3 +95,24 @@ method than the training, which changes the probabilities slightly.
 {recipe}
 ```
 """
+
+
+def measured(opened) -> str:
+    """The figures of the checkpoint in words: on the test photographs, or else those of its evaluation."""
+    split, values = "test", opened.test
+    if not values and opened.figures:
+        split = "validation" if "val/accuracy" in opened.figures else "test"
+        values = {name.partition("/")[2]: value for name, value in opened.figures.items()}
+    if not values:
+        return "not evaluated at this step"
+    low, high = values.get("accuracy_interval", (None, None))
+    interval = f" (95 % interval: {percent(low)} to {percent(high)})" if low is not None else ""
+    return (
+        f"{percent(values['accuracy'])} top-1{interval}, {percent(values['top5_accuracy'])} top-5 and "
+        f"{percent(values['mean_class_accuracy'])} mean per-class accuracy on {values['examples']:,} {split} "
+        "photographs"
+    )
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.2f} %"

@@ -39,7 +39,7 @@ def next_commands(workdir: Path, on_drawn_birds: bool) -> str:
     lines = [
         "what next:",
         f"  see the curves:  {tool('tensorboard')} --logdir={folder}",
-        f"  score the best:  {this} evaluate --workdir={folder}",
+        f"  score it again:  {this} evaluate --workdir={folder}",
         f"  name birds:      {this} predict --workdir={folder} --images=FOLDER --out=birds.csv",
     ]
     if on_drawn_birds:

@@ -60,7 +60,23 @@ def _field(default: Any, meaning: str, check: Check = ANY, kind: type | None = N
 class Data:
     root: str = _field("", "a folder that `prepare` wrote")
     synthetic: bool = _field(False, "draw an archive of invented birds and prepare it as data.root, once")
+    label: str = _field(
+        "species", "what a class is: 'species', or 'category' with its plumage (404 or 555 on NABirds)",
+        one_of("species", "category"),
+    )  # fmt: skip
+    validation: float = _field(
+        0.1, "share of the training photographs held out to select the best checkpoint; 0 trains on all of them", SHARE
+    )
+    on_error: str = _field(
+        "raise", "'skip' goes on without photographs that cannot be read, and says which", one_of("raise", "skip")
+    )
+    max_skipped: float = _field(0.01, "largest share of a split that 'skip' may leave out", SHARE)
     workers: int = _field(-1, "loader processes on each host: 0 reads in threads, -1 follows the job's share of CPUs")
+
+    @property
+    def tolerated(self) -> float | None:
+        """Largest share of a split that may be left out; None: an unreadable photograph ends the run."""
+        return self.max_skipped if self.on_error == "skip" else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +113,11 @@ class Optimizer:
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
     every: Duration = _field("1 epoch", f"period, like {STEPS}; the last step is always evaluated", PERIOD)
+    select: str = _field(
+        "accuracy", "figure on the validation photographs that decides the best checkpoint",
+        one_of("accuracy", "mean_class_accuracy", "loss"),
+    )  # fmt: skip
+    patience: int = _field(0, "stop after so many evaluations in a row without a better one; 0: never", NOT_NEGATIVE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +163,11 @@ class Config:
         if not config.data.root:
             raise ConfigError(
                 "config.data.root is empty: give the folder that `prepare` wrote: --config.data.root=DIR."
+            )
+        if config.evaluate.patience and not config.data.validation:
+            raise ConfigError(
+                f"config.evaluate.patience is {config.evaluate.patience}, but config.data.validation is 0: without "
+                "validation photographs nothing says when to stop. Set one of the two."
             )
         if config.data.synthetic and config.model.image_size is None:
             raise ConfigError("config.model.image_size is None: set it, because the birds are drawn at that size.")
@@ -190,10 +216,14 @@ def flat(tree: Mapping, prefix: str = "") -> dict:
     return leaves
 
 
+# What runs did before these fields existed, where that is not the default.
+BEFORE = {"data.validation": 0.0}
+
+
 def with_defaults(stored: Mapping) -> dict:
-    """A stored configuration with the default of each field that it lacks: an earlier version had fewer."""
+    """A stored configuration with a value for each field that it lacks: an earlier version had fewer."""
     complete = default().to_dict()
-    for name, value in flat(stored).items():
+    for name, value in (BEFORE | flat(stored)).items():
         *sections, last = name.split(".")
         functools.reduce(lambda tree, key: tree.setdefault(key, {}), sections, complete)[last] = value
     return complete
@@ -235,7 +265,8 @@ def _as_written(section: Any) -> dict:
 
 # What may differ between the runs of one workdir; of these, cpu_devices and remat change the losses, by rounding.
 FREE_ON_RESUME = re.compile(
-    r"data\..*|cpu_devices|checkpoint\..*|evaluate\..*|log_every|profile|remat|model\.pretrained"
+    r"data\.(root|synthetic|on_error|max_skipped|workers)|cpu_devices|checkpoint\..*|evaluate\..*|log_every|profile"
+    r"|remat|model\.pretrained"
 )
 
 

@@ -1,6 +1,7 @@
-"""Exact evaluation: every test photograph is scored once; sums are taken on the devices."""
+"""Exact evaluation: every photograph of a split is scored once; sums are taken on the devices."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 
 import grain
@@ -8,76 +9,117 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import polars as pl
 
-from vit_nabirds.data.batches import test_batches
+from vit_nabirds.data.batches import eval_batches
 from vit_nabirds.data.photographs import Photographs
+from vit_nabirds.data.taxonomy import Taxonomy
+from vit_nabirds.data.unread import Unread
 from vit_nabirds.errors import UserError
+from vit_nabirds.evaluation.figures import figures_of, intervals_of
 from vit_nabirds.models.model import Model
 from vit_nabirds.models.normalization import Normalization, to_float, zscore
 from vit_nabirds.parallel import devices
 from vit_nabirds.parallel.preemption import StopRequest
 
 
-def make_eval_step(model: Model, normalization: Normalization) -> Callable[[dict, dict, dict], dict]:
-    """Jitted (params, totals, batch) -> totals with the batch's sums added; records with mask 0 do not count."""
+def make_eval_step(model: Model, normalization: Normalization, mesh: jax.sharding.Mesh) -> Callable:
+    """Jitted (params, totals, batch) -> (totals with the batch's sums added, answers); mask 0 does not count.
 
-    def eval_step(params: dict, totals: dict, batch: dict) -> dict:
+    Answers are row (-1 with mask 0), label, the five likeliest classes and their probabilities, on every host.
+    """
+
+    def eval_step(params: dict, totals: dict, batch: dict) -> tuple[dict, dict]:
         logits = model.logits(params, zscore(to_float(batch["image"]), normalization))
-        labels, mask = batch["label"], batch["mask"]
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        _, top5 = jax.lax.top_k(logits, min(5, logits.shape[-1]))
-        hits = (top5 == labels[:, None]) * mask[:, None]
-        by_class = jax.nn.one_hot(labels, logits.shape[-1]) * mask[:, None]
-        return {
-            "loss": totals["loss"] + jnp.sum(losses * mask),
-            "top1": totals["top1"] + by_class.T @ hits[:, 0],
-            "top5": totals["top5"] + jnp.sum(hits),
-            "examples": totals["examples"] + jnp.sum(by_class, axis=0),
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        probabilities, classes = jax.lax.top_k(jax.nn.softmax(logits), min(5, logits.shape[-1]))
+        row = jnp.where(batch["mask"] > 0, batch["row"], -1)
+        answers = {"row": row, "label": batch["label"], "classes": classes, "probabilities": probabilities}
+        # A few bytes for each record, so that no device has to send its whole matrix.
+        answers = jax.lax.with_sharding_constraint(answers, devices.replicated(mesh))
+        counts = (answers["row"] >= 0).astype(jnp.int32)
+        hits = jnp.any(answers["classes"] == answers["label"][:, None], axis=-1)
+        totals = {
+            "loss": totals["loss"] + jnp.sum(losses * batch["mask"]),
+            "top5": totals["top5"] + jnp.sum(hits * counts),
+            "confusion": totals["confusion"].at[answers["label"], answers["classes"][:, 0]].add(counts),
         }
+        return totals, answers
 
     return model.jit(eval_step, donate_argnums=1)
 
 
-def score(
-    eval_step: Callable,
-    params: dict,
-    photographs: Photographs,
-    num_classes: int,
-    batch_size: int,
-    workers: int,
-    mesh: jax.sharding.Mesh,
-    stop: StopRequest,
-) -> dict[str, float] | None:
-    """Metrics over the whole split, on all hosts; None when a stop was requested before its end."""
-    batch_size = -(-batch_size // mesh.size) * mesh.size
-    shard = grain.sharding.ShardByJaxProcess(drop_remainder=True)
-    zero, zeros = np.zeros((), np.float32), np.zeros(num_classes, np.float32)
-    totals = jax.device_put({"loss": zero, "top1": zeros, "top5": zero, "examples": zeros}, devices.replicated(mesh))
-    with contextlib.closing(test_batches(photographs, batch_size, workers, shard)) as batches:
-        for batch in batches:
-            stopping = devices.any_process(mesh, stop.requested)
-            batch = devices.to_devices(batch, mesh)
-            if np.asarray(stopping)[0]:
-                return None
-            jax.block_until_ready(totals)  # or the host would run ahead and hold the whole split on the devices
-            totals = eval_step(params, totals, batch)
-    return metrics_of(jax.device_get(totals), len(photographs))
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    figures: dict[str, float]
+    intervals: dict[str, list[float]]  # of the accuracies, 95 %
+    skipped: int  # photographs that could not be read
+    answers: dict[str, np.ndarray]  # of `make_eval_step`, for all photographs that were scored
 
+    def named(self, split: str) -> dict[str, float]:
+        """The figures as metrics.jsonl and TensorBoard have them: "test/accuracy"."""
+        return {f"{split}/{name}": value for name, value in self.figures.items()}
 
-def metrics_of(totals: dict[str, np.ndarray], expected: int) -> dict[str, float]:
-    """Means from the sums over `expected` photographs."""
-    examples = totals["examples"]
-    if examples.sum() != expected:
-        raise RuntimeError(f"scored {examples.sum():.0f} of {expected} test photographs")
-    if not np.isfinite(totals["loss"]):
-        raise UserError(
-            "the loss on the test photographs is not finite: the parameters have diverged; lower the learning rate."
+    def as_json(self) -> dict:
+        return self.figures | self.intervals | ({"skipped": self.skipped} if self.skipped else {})
+
+    def predictions(self, table: pl.DataFrame, classes: list[str]) -> pl.DataFrame:
+        """path, label, the five likeliest classes and their probabilities, in the order of the split."""
+        names = np.array(classes)
+        return pl.DataFrame(
+            {
+                "path": table["path"].gather(self.answers["row"]),
+                "label": names[self.answers["label"]],
+                "predictions": names[self.answers["classes"]].tolist(),
+                "probabilities": self.answers["probabilities"].tolist(),
+            },
+            schema_overrides={"probabilities": pl.List(pl.Float32)},
         )
-    seen = examples > 0
-    return {
-        "test/loss": float(totals["loss"] / examples.sum()),
-        "test/accuracy": float(totals["top1"].sum() / examples.sum()),
-        "test/top5_accuracy": float(totals["top5"] / examples.sum()),
-        "test/mean_class_accuracy": float(np.mean(totals["top1"][seen] / examples[seen])),
-        "test/examples": int(examples.sum()),
-    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """Scores parameters on one split, on all devices of all hosts."""
+
+    eval_step: Callable
+    photographs: Photographs
+    unread: Unread  # of these
+    num_classes: int
+    batch_size: int
+    mesh: jax.sharding.Mesh
+    taxonomy: Taxonomy | None
+    workers: int
+
+    def score(self, params: dict, stop: StopRequest) -> Scores | None:
+        """None when a stop was requested before the end."""
+        batch_size = -(-self.batch_size // self.mesh.size) * self.mesh.size
+        shard = grain.sharding.ShardByJaxProcess(drop_remainder=True)
+        totals = {"loss": np.float32(0), "top5": np.int32(0)}
+        totals["confusion"] = np.zeros((self.num_classes, self.num_classes), np.int32)
+        totals, answers = jax.device_put(totals, devices.replicated(self.mesh)), []
+        batches = eval_batches(self.photographs, batch_size, self.workers, shard, self.unread.are_tolerated)
+        with contextlib.closing(batches):
+            for batch in self.unread.watch(batches):
+                stopping = devices.any_process(self.mesh, stop.requested)
+                batch = devices.to_devices(batch, self.mesh)
+                if np.asarray(stopping)[0]:
+                    return None
+                if answers:  # of the batch before: the host must not run ahead and hold the whole split on the devices
+                    answers[-1] = jax.device_get(answers[-1])
+                totals, new = self.eval_step(params, totals, batch)
+                answers.append(new)
+        return self._scores(jax.device_get(totals), jax.device_get(answers))
+
+    def _scores(self, totals: dict, answers: list[dict]) -> Scores:
+        joined = {name: np.concatenate([batch[name] for batch in answers]) for name in answers[0]}
+        joined = {name: values[joined["row"] >= 0] for name, values in joined.items()}
+        examples, expected = int(totals["confusion"].sum()), len(self.photographs)
+        if examples != len(joined["row"]) or (examples != expected and not self.unread.are_tolerated):
+            raise RuntimeError(f"scored {examples} of {expected} photographs")
+        if not np.isfinite(totals["loss"]):
+            raise UserError(
+                "the loss of an evaluation is not finite: the parameters have diverged; lower the learning rate."
+            )
+        figures = figures_of(totals["confusion"], totals["top5"], totals["loss"], self.taxonomy)
+        intervals = intervals_of(figures, totals["confusion"])
+        return Scores(figures, intervals, expected - examples, joined)

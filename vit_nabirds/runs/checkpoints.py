@@ -33,10 +33,12 @@ class Metadata:
     species: list[str]  # by label
     normalization: Normalization
     fingerprint: str  # of the photographs
+    crop: str = "box"  # or "none": what part of the photographs the run has seen
 
     @classmethod
     def from_json(cls, fields: dict) -> Self:
         normalization = Normalization(*(tuple(values) for values in fields["normalization"].values()))
+        fields = {"crop": "box"} | fields  # earlier versions knew nothing else
         fields = {field.name: fields[field.name] for field in dataclasses.fields(cls)}
         return cls(**fields | {"config": with_defaults(fields["config"]), "normalization": normalization})
 

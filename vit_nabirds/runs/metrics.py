@@ -22,6 +22,10 @@ def read_metrics(file: Path) -> list[dict]:
 
 
 def read_evaluations(file: Path) -> dict[int, dict]:
-    """The metrics of each evaluation in metrics.jsonl by step."""
-    lines = [line for line in read_metrics(file) if "test/accuracy" in line]
-    return {line["step"]: {name: value for name, value in line.items() if "/" in name} for line in lines}
+    """The figures of each evaluation in metrics.jsonl by step."""
+    evaluations = {}
+    for line in read_metrics(file):
+        if {"val/accuracy", "test/accuracy"} & line.keys():
+            figures = {name: value for name, value in line.items() if "/" in name}
+            evaluations[line["step"]] = evaluations.get(line["step"], {}) | figures
+    return evaluations

@@ -1,52 +1,81 @@
-"""Which checkpoint of a run is the best, and by which figure: a small checked file beside the checkpoints."""
+"""Which checkpoint of a run is selected, and by which figure: a small checked file beside the checkpoints."""
 
 import dataclasses
 import json
 import logging
 from pathlib import Path
 
+from vit_nabirds.config import Config
 from vit_nabirds.runs.files import crc32_of, write_json
 
 log = logging.getLogger("vit_nabirds")
 
-METRIC = "test/accuracy"  # higher is better
+PREDICTIONS = "predictions.parquet"  # what the selected checkpoint says of each test photograph
+
+
+def metric_of(config: Config) -> str | None:
+    """The figure that selects; None without validation photographs: nothing is selected, the last checkpoint counts."""
+    return f"val/{config.evaluate.select}" if config.data.validation else None
 
 
 @dataclasses.dataclass
 class Selection:
-    """The evaluations of a run by step, and the checkpoints whose evaluations are lost: any of them may be the best."""
+    """The evaluations of a run by step, the final scores on the test photographs by step, and the checkpoints whose
+    evaluations are lost: any of them may be the best."""
 
     file: Path
+    metric: str | None
     evaluations: dict[int, dict[str, float]]
+    tests: dict[int, dict]
     unknown: list[int]
 
     @classmethod
-    def read(cls, workdir: Path, checkpoints: list[int]) -> "Selection":
+    def read(cls, workdir: Path, checkpoints: list[int], metric: str | None) -> "Selection":
         """Of a run that has checkpoints of these steps. Without the file, or with a damaged one, all are unknown."""
         file = workdir / "selection.json"
         try:
             content = json.loads(file.read_text())
             if content.pop("crc32") != crc32_of(content):
                 raise ValueError("wrong checksum")
-            evaluations = {int(step): metrics for step, metrics in content["evaluations"].items()}
-            return cls(file, evaluations, [step for step in content["unknown"] if step in checkpoints])
+            evaluations, tests = (
+                {int(step): figures for step, figures in content.get(name, {}).items()}
+                for name in ("evaluations", "tests")
+            )
+            if not (workdir / PREDICTIONS).exists():  # it is written with them
+                tests = {}
+            return cls(file, metric, evaluations, tests, [step for step in content["unknown"] if step in checkpoints])
         except FileNotFoundError:
             problem = "is missing"
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             problem = f"is damaged ({error})"
-        if checkpoints:
+        if checkpoints and metric:
             steps = ", ".join(map(str, checkpoints))
             log.warning("%s %s: any checkpoint (of step %s) may be the best, all are kept", file, problem, steps)
-        return cls(file, {}, list(checkpoints))
+        return cls(file, metric, {}, {}, list(checkpoints) if metric else [])
 
     def forget_after(self, step: int) -> None:
         """Drop the evaluations of later steps, which the run trains again."""
-        self.evaluations = {s: metrics for s, metrics in self.evaluations.items() if s <= step}
+        self.evaluations = {s: figures for s, figures in self.evaluations.items() if s <= step}
+        self.tests = {s: figures for s, figures in self.tests.items() if s <= step}
 
-    def best(self, checkpoints: list[int]) -> int | None:
-        """The step with the highest METRIC among those that have a checkpoint; the earliest of equals."""
-        known = sorted(set(self.evaluations) & set(checkpoints))
-        return max(known, key=lambda step: self.evaluations[step][METRIC], default=None)
+    def best(self, steps: list[int]) -> int | None:
+        """Of these steps the one with the best `metric`; without a metric the last.
+
+        Few validation photographs make equal accuracies likely: of those the smallest loss counts, then the first step.
+        """
+        if self.metric is None:
+            return max(steps, default=None)
+        known = sorted(step for step in steps if self.metric in self.evaluations.get(step, {}))
+        sign = -1 if self.metric.endswith("loss") else 1
+        figures = {step: self.evaluations[step] for step in known}
+        return max(
+            known, key=lambda step: (sign * figures[step][self.metric], -figures[step]["val/loss"]), default=None
+        )
+
+    @property
+    def evaluations_since_best(self) -> int:
+        best = self.best(list(self.evaluations))
+        return 0 if best is None else sum(step > best for step in self.evaluations)
 
     def keep(self, checkpoints: list[int]) -> list[int]:
         """The steps whose checkpoints must not be deleted: the best, and those that may be better."""
@@ -54,6 +83,15 @@ class Selection:
         return [*self.unknown, *([] if best is None else [best])]
 
     def write(self) -> None:
-        content = {"metric": METRIC, "evaluations": self.evaluations, "unknown": self.unknown}
+        content = {name: getattr(self, name) for name in ("metric", "evaluations", "tests", "unknown")}
         content = json.loads(json.dumps(content))  # steps become text
         write_json(self.file, content | {"crc32": crc32_of(content)})
+
+    def results(self, selected: int, last: int) -> dict:
+        """results.json of a finished training."""
+        found = {"step": selected, "metric": self.metric, "value": None}
+        if self.metric:
+            found["value"] = self.evaluations[selected][self.metric]
+        else:
+            found["why"] = "the last checkpoint: with data.validation=0 nothing is selected"
+        return {"selected": found, "test": self.tests[selected], "last": {"step": last, "test": self.tests[last]}}

@@ -1,38 +1,81 @@
-"""Evaluations during a training, and the selection of its best checkpoint."""
+"""Evaluations during a training, the selection of its best checkpoint, and the final scores."""
 
-from vit_nabirds.evaluation.scoring import make_eval_step, score
+from vit_nabirds.data.unread import Unread
+from vit_nabirds.evaluation.scoring import Scorer, make_eval_step
 from vit_nabirds.parallel.preemption import StopRequest
 from vit_nabirds.runs.checkpoints import Checkpoints
+from vit_nabirds.runs.selection import PREDICTIONS
 from vit_nabirds.runs.tracker import Tracker
 from vit_nabirds.training.run import Run
 from vit_nabirds.training.state import TrainState
 
 
 class Evaluator:
-    """Scores states on the test photographs; the checkpoint of the best one is kept."""
+    """Scores states on the validation photographs; the checkpoint of the best one is kept.
+
+    Without validation photographs it scores the test photographs, and selects nothing.
+    """
 
     def __init__(
         self, run: Run, tracker: Tracker, checkpoints: Checkpoints, stop: StopRequest, is_writer: bool
     ) -> None:
         self._run, self._tracker, self._checkpoints = run, tracker, checkpoints
         self._stop, self._is_writer = stop, is_writer
-        self._eval_step = make_eval_step(run.model, run.metadata.normalization)
+        eval_step = make_eval_step(run.model, run.metadata.normalization, run.mesh)
+        splits = {"val": run.validation_split, "test": run.test_split}
+        self._scorers = {
+            name: Scorer(
+                eval_step, split, Unread(split, run.config.data.tolerated), run.model.num_classes,
+                run.config.batch_size, run.mesh, run.taxonomy, run.config.data.workers,
+            )
+            for name, split in splits.items() if split
+        }  # fmt: skip
+        self._newest = (0, None)  # step and Scores of the newest evaluation on the test photographs
 
     def is_behind(self, step: int) -> bool:
         """Whether an evaluation is due at this step and has not come to its end."""
         return self._run.plan.evaluates(step) and step not in self._run.selection.evaluations
 
+    @property
+    def has_converged(self) -> bool:
+        """Whether so many evaluations in a row were no better than an earlier one that the training may end."""
+        patience = self._run.config.evaluate.patience
+        return 0 < patience <= self._run.selection.evaluations_since_best
+
     def run(self, step: int, state: TrainState) -> bool:
         """Score the state of a step that has a checkpoint; False if a request to stop came first."""
-        run, selection = self._run, self._run.selection
-        metrics = score(
-            self._eval_step, state.params, run.test_split, run.model.num_classes, run.config.batch_size,
-            run.config.data.workers, run.mesh, self._stop,
-        )  # fmt: skip
-        if metrics:
-            self._tracker.scalars(step, metrics)
-            selection.evaluations[step] = metrics
+        selection, split = self._run.selection, "val" if "val" in self._scorers else "test"
+        scores = self._scorers[split].score(state.params, self._stop)
+        if scores:
+            self._newest = (step, scores) if split == "test" else (0, None)
+            self._tracker.scalars(step, scores.named(split))
+            selection.evaluations[step] = scores.named(split)
             if self._is_writer:
                 selection.write()
             self._checkpoints.keep = selection.keep([*self._checkpoints.steps, step])
-        return metrics is not None
+        return scores is not None
+
+    def finish(self, last: int) -> dict | None:
+        """Score the selected checkpoint and the last on the test photographs, unless that has been done, and write what
+        the selected one answers to predictions.parquet. Returns results.json; None if a request to stop came first."""
+        run, selection = self._run, self._run.selection
+        selected, file = selection.best(self._checkpoints.steps), run.workdir / PREDICTIONS
+        for step in dict.fromkeys((selected, last)):
+            if step in selection.tests:
+                continue
+            newest, scores = self._newest
+            if newest != step:
+                if (scores := self._scorers["test"].score(self._params(step), self._stop)) is None:
+                    return None
+                self._tracker.scalars(step, scores.named("test"))
+            selection.tests[step] = scores.as_json()
+            if self._is_writer:
+                if step == selected:
+                    table = scores.predictions(run.table, run.metadata.species)
+                    table.write_parquet(partial := file.with_suffix(".partial"))
+                    partial.replace(file)
+                selection.write()
+        return selection.results(selected, last)
+
+    def _params(self, step: int) -> dict:
+        return self._checkpoints.restore(step, {"params": self._run.state_shapes().params})["params"]

@@ -24,17 +24,18 @@ def fit(
     tracer: Tracer,
     stop: StopRequest,
 ) -> int:
-    """Train from the run's start to its end, or until a stop is requested. Returns the last step, which is saved."""
+    """Train from the run's start to its end or until it has converged, or until a stop is requested. Returns the last
+    step, which is saved."""
     plan, mesh, step = run.plan, run.mesh, run.start
     # A run that was stopped between a checkpoint and its evaluation owes the evaluation. False: stopped again.
     stopping = evaluator.is_behind(step) and not evaluator.run(step, state)
-    if step < plan.total_steps and not stopping:
+    if step < plan.total_steps and not (stopping or evaluator.has_converged):
         batch = devices.to_devices(next(batches), mesh)  # the loader goes on while the step is compiled
         with stop.waits_for("the compilation"):
             train_step = run.compile_step()
         reporter.restart(step)
 
-    while step < plan.total_steps and not stopping:
+    while step < plan.total_steps and not (stopping or evaluator.has_converged):
         step += 1
         # Queued before the step, so that the answer is there when the host reads it.
         votes = devices.any_process(mesh, stop.requested, saver.is_overdue())

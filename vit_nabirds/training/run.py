@@ -18,7 +18,9 @@ from vit_nabirds.config.fields import SHAPE, differences, flat
 from vit_nabirds.config.plan import Plan
 from vit_nabirds.data.batches import check_workers, train_batches
 from vit_nabirds.data.photographs import Photographs, check_labels, check_sizes, open_split
-from vit_nabirds.data.table import fingerprint, read_table, species_differences, species_names
+from vit_nabirds.data.table import class_differences, class_names, fingerprint, read_table, settings_of
+from vit_nabirds.data.taxonomy import Taxonomy, read_taxonomy
+from vit_nabirds.data.unread import Unread
 from vit_nabirds.errors import ConfigError, UserError
 from vit_nabirds.models.model import Model, describe
 from vit_nabirds.models.pretrained.checkpoint import Checkpoint, starting_point
@@ -26,7 +28,7 @@ from vit_nabirds.parallel import devices
 from vit_nabirds.parallel.group import ProcessGroup
 from vit_nabirds.recipe.optimizer import make_optimizer, make_schedule, trainable_paths
 from vit_nabirds.runs.checkpoints import Checkpoints, Metadata, existing, placed
-from vit_nabirds.runs.selection import Selection
+from vit_nabirds.runs.selection import Selection, metric_of
 from vit_nabirds.training.state import TrainState
 from vit_nabirds.training.step import make_train_step
 
@@ -43,7 +45,9 @@ class Run:
     mesh: jax.sharding.Mesh
     table: pl.DataFrame
     train_split: Photographs
+    validation_split: Photographs | None
     test_split: Photographs
+    taxonomy: Taxonomy | None
     model: Model
     metadata: Metadata
     pretrained: Checkpoint | None  # weights to start from
@@ -57,6 +61,14 @@ class Run:
     def start(self) -> int:
         """The step to go on from: 0, or that of the newest checkpoint."""
         return max(self.saved_steps, default=0)
+
+    @property
+    def data_in_words(self) -> str:
+        """Like '404 species, 21,536 train, 2,393 validation and 24,633 test photographs'."""
+        splits = {"train": self.train_split, "validation": self.validation_split, "test": self.test_split}
+        *most, last = [f"{len(split):,} {name}" for name, split in splits.items() if split]
+        what = "species" if self.config.data.label == "species" else "categories"
+        return f"{self.model.num_classes:,} {what}, {', '.join(most)} and {last} photographs"
 
     def state_shapes(self) -> TrainState:
         """The state with a shape, a dtype and a sharding in place of each array."""
@@ -111,8 +123,12 @@ class Run:
     def batches(self) -> Iterator[dict[str, np.ndarray]]:
         """This host's block of each global batch from the run's first step on: dicts of NumPy arrays."""
         shard = grain.sharding.ShardByJaxProcess(drop_remainder=True)
-        config = self.config
-        return train_batches(self.train_split, config.batch_size, config.seed, self.start, config.data.workers, shard)
+        config, unread = self.config, Unread(self.train_split, self.config.data.tolerated)
+        batches = train_batches(
+            self.train_split, config.batch_size, config.seed, self.start, config.data.workers, shard,
+            unread.are_tolerated,
+        )  # fmt: skip
+        return unread.watch(batches)
 
 
 def prepare_run(config: Config, workdir: Path, group: ProcessGroup, mesh: jax.sharding.Mesh | None = None) -> Run:
@@ -126,8 +142,9 @@ def prepare_run(config: Config, workdir: Path, group: ProcessGroup, mesh: jax.sh
     check_batch_size(config.batch_size, mesh.size)
 
     root = Path(config.data.root)
-    table = read_table(root)
-    train_split, test_split = (open_split(root, table, train=train) for train in (True, False))
+    table = read_table(root, config.data.label, config.data.validation)
+    train_split, test_split = (open_split(root, table, split) for split in ("train", "test"))
+    validation_split = open_split(root, table, "validation") if config.data.validation else None
     plan = Plan.of(config, len(train_split))
 
     _check_workdir(workdir)
@@ -138,16 +155,16 @@ def prepare_run(config: Config, workdir: Path, group: ProcessGroup, mesh: jax.sh
         else:
             architecture, normalization, pretrained = starting_point(config)
     config = _resolved(config, architecture, saved)
-    species = species_names(table)
-    metadata = Metadata(config.to_dict(), architecture, species, normalization, fingerprint(root, table))
+    classes, crop = class_names(table), settings_of(root).get("crop", "box")
+    metadata = Metadata(config.to_dict(), architecture, classes, normalization, fingerprint(root, table), crop)
     if saved:
         _check_same_run(saved, metadata, config, workdir)
     for split in (train_split, test_split):
-        check_labels(split, len(species))
+        check_labels(split, len(classes))
     check_sizes(train_split, test_split, architecture["image_size"])
 
     model = describe(
-        architecture, len(species), config.compute_dtype, config.model.dropout_rate, config.remat,
+        architecture, len(classes), config.compute_dtype, config.model.dropout_rate, config.remat,
         device=devices.own(mesh),
     )  # fmt: skip
     trainable = trainable_paths(list(model.shapes), config.trainable)
@@ -156,10 +173,10 @@ def prepare_run(config: Config, workdir: Path, group: ProcessGroup, mesh: jax.sh
     train_step = make_train_step(
         model, tx, schedule, trainable, normalization, config.seed, mesh, config.gradient_dtype
     )
-    selection = Selection.read(workdir, saved_steps)
+    selection = Selection.read(workdir, saved_steps, metric_of(config))
     run = Run(
-        config, plan, workdir, mesh, table, train_split, test_split, model, metadata, pretrained, trainable, tx,
-        train_step, saved_steps, selection,
+        config, plan, workdir, mesh, table, train_split, validation_split, test_split, read_taxonomy(root, table),
+        model, metadata, pretrained, trainable, tx, train_step, saved_steps, selection,
     )  # fmt: skip
     selection.forget_after(run.start)
     _check_agreement(run, group)
@@ -204,8 +221,8 @@ def _check_same_run(saved: Metadata, metadata: Metadata, config: Config, workdir
     root = config.data.root
     if saved.species != metadata.species:
         raise UserError(
-            f"{workdir} holds a run on other species than {root} has "
-            f"({species_differences(saved.species, metadata.species)}): use another --workdir, or the data of that run."
+            f"{workdir} holds a run on other classes than {root} has "
+            f"({class_differences(saved.species, metadata.species)}): use another --workdir, or the data of that run."
         )
     if saved.fingerprint != metadata.fingerprint:
         raise UserError(
@@ -226,6 +243,7 @@ def _check_agreement(run: Run, group: ProcessGroup) -> None:
             "data": run.metadata.fingerprint,
             "step": run.start,
             "evaluated": list(run.selection.evaluations),
+            "tested": list(run.selection.tests),
             "devices": jax.local_device_count(),
             "attention": run.model.kernels.attention.__name__,
         },

@@ -10,11 +10,13 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+import polars as pl
 
 from vit_nabirds.config import Config
 from vit_nabirds.data.batches import train_block
 from vit_nabirds.data.prepare import prepare
 from vit_nabirds.data.synthetic import draw_archive
+from vit_nabirds.data.table import SKIPPED
 from vit_nabirds.errors import ConfigError, UserError
 from vit_nabirds.parallel.group import ProcessGroup
 from vit_nabirds.parallel.locks import lock
@@ -23,7 +25,6 @@ from vit_nabirds.recipe.augmentation import augment
 from vit_nabirds.runs.checkpoints import Checkpoints
 from vit_nabirds.runs.compiled import keep_compiled
 from vit_nabirds.runs.files import write_json
-from vit_nabirds.runs.selection import METRIC, Selection
 from vit_nabirds.runs.tracker import Tracker
 from vit_nabirds.training.evaluator import Evaluator
 from vit_nabirds.training.loop import fit
@@ -76,18 +77,16 @@ def train(config: Config, workdir: Path, group: ProcessGroup) -> int:
         step = fit(run, state, batches, reporter, saver, evaluator, tracer, stop)
         checkpoints.wait()
 
-        if step < run.plan.total_steps or evaluator.is_behind(step):
+        ended = step == run.plan.total_steps or evaluator.has_converged
+        results = evaluator.finish(step) if ended and not evaluator.is_behind(step) else None
+        if results is None:
             when = f" {time.monotonic() - stop.since:.1f} s after the signal" if stop.requested else ""
             total = run.plan.total_steps
             log.info("stopped at step %d of %d, all saved%s: run the same command again to resume", step, total, when)
             return EXIT_STOPPED
-        results = results_of(run.selection, run.selection.best(checkpoints.steps), step)
         if group.is_writer:
             write_json(workdir / "results.json", results)
-    log.info(
-        "finished: accuracy %.4f on %d test photographs at step %d, the best checkpoint",
-        results["test"]["accuracy"], results["test"]["examples"], results["selected"]["step"],
-    )  # fmt: skip
+    log.info("finished: %s", in_words(results, run.plan.total_steps))
     return FINISHED
 
 
@@ -113,21 +112,26 @@ def introduce(run: Run, tracker: Tracker, group: ProcessGroup) -> None:
     shapes, config, plan = run.model.shapes, run.config, run.plan
     total, trained = (sum(int(np.prod(shapes[path].shape)) for path in paths) for paths in (shapes, run.trainable))
     log.info(
-        "%s: %d species, %d train and %d test photographs; %s parameters, %s of them trained, in %s; steps %d to %d on "
-        "%d %s device(s) of %d process(es)",
-        run.workdir, run.model.num_classes, len(run.train_split), len(run.test_split), f"{total:,}", f"{trained:,}",
-        config.compute_dtype, run.start, plan.total_steps, run.mesh.size, jax.default_backend(), group.num_processes,
+        "%s: %s; %s parameters, %s of them trained, in %s; steps %d to %d on %d %s device(s) of %d process(es)",
+        run.workdir, run.data_in_words, f"{total:,}", f"{trained:,}", config.compute_dtype, run.start,
+        plan.total_steps, run.mesh.size, jax.default_backend(), group.num_processes,
     )  # fmt: skip
+    if (left_out := Path(config.data.root) / SKIPPED).exists():
+        log.warning(
+            "%d photographs were left out when the data were prepared: %s", len(pl.read_csv(left_out)), left_out
+        )
     tracker.text("config", f"```\n{json.dumps(run.metadata.config, indent=2)}\n```")
     if group.is_writer and run.start < plan.total_steps:
         # The first 16 or so of the global batch, as one of many hosts would read them.
         shard = grain.sharding.ShardOptions(0, max(1, config.batch_size // 16))
-        batch = train_block(run.train_split, config.batch_size, config.seed, run.start, shard)
+        batch = train_block(
+            run.train_split, config.batch_size, config.seed, run.start, shard, config.data.tolerated is not None
+        )
         key = step_keys(config.seed, run.start)[0]
         shown = jax.jit(augment, static_argnums=2)(
             jnp.asarray(batch["image"]), key, run.model.architecture["image_size"]
         )
-        captions = run.table[batch["row"].tolist()].select("species_name", "photographer").rows()
+        captions = run.table[batch["row"].tolist()].select("class_name", pl.col("photographer").fill_null("")).rows()
         tracker.images("train/augmented", run.start, np.asarray(shown), captions)
 
 
@@ -141,11 +145,14 @@ def make_tracer(run: Run, group: ProcessGroup) -> Tracer:
     return Tracer(left, folder)
 
 
-def results_of(selection: Selection, best: int, last: int) -> dict:
-    """results.json of a finished training: the selected checkpoint, its scores, and those of the last one."""
-
-    def scores(step: int) -> dict[str, float]:
-        return {name.removeprefix("test/"): value for name, value in selection.evaluations[step].items()}
-
-    selected = {"step": best, "metric": METRIC, "value": selection.evaluations[best][METRIC]}
-    return {"selected": selected, "test": scores(best), "last": {"step": last, "test": scores(last)}}
+def in_words(results: dict, planned: int) -> str:
+    """The end of a training, for the log."""
+    selected, last, test = results["selected"], results["last"], results["test"]
+    step, (low, high) = selected["step"], test["accuracy_interval"]
+    accuracy = f"accuracy {test['accuracy']:.4f} (95 %: {low:.4f} to {high:.4f}) on {test['examples']} test photographs"
+    if not selected["metric"]:
+        return f"{accuracy} at step {step}, {selected['why']}"
+    text = f"{accuracy} at step {step}, selected by {selected['metric']} {selected['value']:.4f}"
+    if last["step"] != step:
+        text += f"; at step {last['step']}, the last, {last['test']['accuracy']:.4f}"
+    return text + (f"; not better since, so {planned - last['step']} steps were left out" * (last["step"] < planned))
