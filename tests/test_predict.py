@@ -321,7 +321,7 @@ def test_a_checkpoint_without_classifier_names_nothing(hf_folder):
 
 def test_an_export_says_what_it_is_and_overwrites_nothing(run, exported):
     card = (exported / "README.md").read_text()
-    assert "% top-1" in card and "credit the\nphotographers" in card and '"learning_rate": 0.01' in card
+    assert "% top-1" in card and "credit the photographers" in card and '"learning_rate": 0.01' in card
     with pytest.raises(UserError, match="exists already"):
         export(run, exported)
     assert sorted(file.name for file in exported.parent.iterdir()) == ["birds"]

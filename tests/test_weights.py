@@ -108,7 +108,7 @@ def test_transformers_loads_what_is_exported(model_type, pool, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
     processor = AutoImageProcessor.from_pretrained(tmp_path / "exported", use_fast=False)
     pixels = processor(images=list(images), return_tensors="np")["pixel_values"].transpose(0, 2, 3, 1)
-    ours = zscore(images / np.float32(255), checkpoint.normalization, "box")
+    ours = zscore(images / np.float32(255), checkpoint.normalization)
     np.testing.assert_allclose(logits(architecture, params, ours), reference_logits(reference, pixels), atol=1e-4)
 
 
