@@ -1,7 +1,19 @@
 """The head alone on frozen features: the quickest look at what a checkpoint knows of a data set.
 
-    python main.py --config=configs/linear_probe.py --workdir=runs/probe \\
+The first ten species of configs/birds60.py (270 training, 30 validation and 261 test photographs):
+    python main.py --config=configs/linear_probe.py --workdir=runs/probe10 \\
         --config.data.root=data/birds10 --config.model.pretrained=vit-small-patch14-224
+    95.0 % (248 of 261; 95 % interval 91.7 to 97.1) after 10 epochs, selected on the validation photographs
+
+All sixty, on all 1,800 training photographs:
+    python main.py --config=configs/linear_probe.py --workdir=runs/probe60 --config.optimizer.name=sgd \\
+        --config.optimizer.weight_decay=0.003 --config.optimizer.clip_norm=0 --config.epochs=12 \\
+        --config.evaluate.every="12 epochs" --config.data.validation=0 --config.model.pretrained=vit-small-patch14-224
+    85.1 % (1,474 of 1,733) after 12 epochs
+    85.1 % (1,475 of 1,733) with model.pretrained=dinov2-small and model.pool=cls, positions resized from 518 px
+
+On two CPU cores with one seed. Logistic regression on the frozen CLS features scores 94.6 % and 85.2 %, each on all
+training photographs.
 """
 
 from vit_nabirds import config as config_lib
