@@ -49,14 +49,17 @@ def scoring() -> dict:
     mesh = gpus.mesh_of(gpus.parse("8 h100"))
     model = describe(TINY, CLASSES, "bfloat16", device=devices.own(mesh))
     row = jax.ShapeDtypeStruct((64,), np.int32)
-    batch = {"image": jax.ShapeDtypeStruct((64, 64, 64, 3), np.uint8), "label": row}
+    batch = {"image": jax.ShapeDtypeStruct((64, 64, 64, 3), np.uint8), "label": row, "row": row}
     batch = placed(batch | {"mask": jax.ShapeDtypeStruct((64,), np.float32)}, devices.over_batch(mesh))
-    numbers = {"loss": (), "top1": (CLASSES,), "top5": (), "examples": (CLASSES,)}
-    totals = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in numbers.items()}
+    totals = {"loss": jax.ShapeDtypeStruct((), np.float32), "top5": jax.ShapeDtypeStruct((), np.int32)}
+    totals["confusion"] = jax.ShapeDtypeStruct((CLASSES, CLASSES), np.int32)
     replicated = placed((model.shapes, totals), devices.replicated(mesh))
-    step = make_eval_step(model, Normalization())
+    step = make_eval_step(model, Normalization(), mesh)
     text = step.lower(*replicated, batch).compile(compiler_options=gpus.OPTIONS).as_text()
-    return {"attentions": program.fused_attentions(text), "collectives": [c.kind for c in program.collectives(text)]}
+    return {
+        "attentions": program.fused_attentions(text),
+        "collectives": [[c.kind, c.bytes] for c in program.collectives(text)],
+    }
 
 
 if __name__ == "__main__":

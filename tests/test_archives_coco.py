@@ -169,7 +169,7 @@ def test_each_split_may_have_its_file_beside_its_pictures(tmp_path):
         (file.parent / "1.jpg").write_bytes(b"-")
     archive = read_archive(tmp_path)
     assert archive.table["source"].to_list()[::5] == ["test/1.jpg", "train/1.jpg"]
-    assert archive.notes["photographs of val are neither in train nor in test and were left out"] == 6
+    assert archive.notes["photographs of val were left out: data.validation holds some of train out instead"] == 6
 
 
 def with_annotation(**more: object) -> dict:

@@ -57,7 +57,7 @@ def test_val_is_the_test_split_where_there_is_no_other(tmp_path, names):
 def test_val_beside_test_is_left_out_and_counted(tmp_path):
     archive = read_archive(fill(tmp_path, *BOTH, "val/Teal/x.jpg", "val/Owl/y.jpg"))
     assert [source for source, *_ in rows(archive)] == sorted(BOTH)
-    assert archive.notes["photographs of val are neither in train nor in test and were left out"] == 2
+    assert archive.notes["photographs of val were left out: data.validation holds some of train out instead"] == 2
 
 
 def test_one_level_needs_a_test_share(tmp_path):

@@ -39,16 +39,26 @@ def test_boxes_lie_in_the_frame_that_their_sizes_say(tmp_path, orientation):
     upright = picture.upright(stored)
     assert is_red(picture, upright)
     swapped, turned = orientation > 4, orientation > 1
-    assert to_upright(stored, STORED, picture) == (upright, turned and not swapped)
-    assert to_upright(stored, None, picture) == (upright, turned)  # nothing says: as stored
-    assert to_upright(stored, (61, 40), picture) == (upright, turned)  # of some other picture: as stored
+    for sizes in (None, (61, 40), *([] if swapped else [STORED])):  # nothing says: as people see it
+        lies_in_one = upright[1] + upright[3] > 41 if swapped else False
+        assert to_upright(upright, sizes, picture) == (upright, turned and not lies_in_one)
     if swapped:
+        assert to_upright(stored, STORED, picture) == (upright, False)
         assert to_upright(upright, UPRIGHT, picture) == (upright, False)
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_a_box_that_lies_in_one_frame_alone_is_of_that_frame(tmp_path, orientation):
+    picture = photograph(tmp_path / "a.png", orientation, wide := (2, 5, 56, 20))
+    upright = picture.upright(wide)
+    for sizes in (None, (61, 40)):
+        assert to_upright(wide, sizes, picture) == (upright, False)
+        assert to_upright(upright, sizes, picture) == (upright, False)
 
 
 def test_the_frame_of_a_square_is_left_open(tmp_path):
     picture = photograph(tmp_path / "a.png", 6, (10, 5, 30, 20), size=(60, 60))
-    box, left_open = to_upright((10, 5, 30, 20), (60, 60), picture)
+    box, left_open = to_upright(picture.upright((10, 5, 30, 20)), (60, 60), picture)
     assert left_open and is_red(picture, box)
 
 
@@ -63,7 +73,8 @@ def photographs(tmp_path):
 
 def text_files(folder: Path, sizes: bool) -> Path:
     (folder / "images.txt").write_text("u-1 001.Jay/a b.png \nu-2 001.Jay/c.png\n")
-    (folder / "bounding_boxes.txt").write_text("u-1 10.0 5.0 30.0 20.0\n\nu-2 20 10 8 6\n")
+    second = "20 10 8 6" if sizes else "24 20 6 8"  # of the pixels as stored, or of the upright picture
+    (folder / "bounding_boxes.txt").write_text(f"u-1 10.0 5.0 30.0 20.0\n\nu-2 {second}\n")
     if sizes:
         (folder / "sizes.txt").write_text("u-1 60 40\nu-2 60 40\n")
     return folder / "bounding_boxes.txt"
@@ -77,7 +88,7 @@ def csv_file(folder: Path, header: str, second: str) -> Path:
 
 
 def table(folder: Path, separator: str) -> Path:
-    rows = ["Image;XMin;YMin;XMax;YMax", '"001.Jay/a b.png";10;5;40;25', "001.Jay/c.png;20;10;28;16"]
+    rows = ["Image;XMin;YMin;XMax;YMax", '"001.Jay/a b.png";10;5;40;25', "001.Jay/c.png;24;20;30;28"]
     (folder / "corners.csv").write_text("\n".join(rows).replace(";", separator))
     return folder / "corners.csv"
 
@@ -117,7 +128,7 @@ BOX, PLAIN = "bb_x,bb_y,bb_width,bb_height", "x,y,width,height"
         (lambda folder: text_files(folder, sizes=True), 0),
         (lambda folder: csv_file(folder, f"file,{BOX},width,height", "20,10,8,6,60,40"), 0),
         (lambda folder: csv_file(folder, f"path,{BOX},width,height", "24,20,6,8,40,60"), 0),
-        (lambda folder: csv_file(folder, f" FILE ,{PLAIN},note,note", "20,10,8,6,,"), 1),
+        (lambda folder: csv_file(folder, f" FILE ,{PLAIN},note,note", "24,20,6,8,,"), 1),
         (lambda folder: table(folder, "\t"), 1),
         (lambda folder: table(folder, ";"), 1),
         (coco, 0),
@@ -152,7 +163,7 @@ def test_photographs_without_a_box_say_what_there_is_instead(tmp_path, photograp
 
 
 def test_sizes_of_another_picture_are_counted(tmp_path, photographs):
-    file = csv_file(tmp_path, f"file,{BOX},width,height", "20,10,8,6,600,400")
+    file = csv_file(tmp_path, f"file,{BOX},width,height", "24,20,6,8,600,400")
     find = BoxFinder(file, photographs, tmp_path / "images")
     assert [is_red(picture := open_picture(file), *find(file, picture)) for file in photographs] == [True, True]
     assert list(find.notes().values()) == [0, 1, 1]
@@ -183,7 +194,7 @@ def test_a_path_means_the_photograph_of_its_folder_and_never_two(tmp_path):
         ("b.csv", f"file,{BOX}\na.jpg,0.1,0.2,0.5,1.0\n", "boxes look like shares"),
         ("b.csv", b"\xff\xfe\x00", "cannot be read as UTF-8 text"),
         ("b.csv", f"file,{BOX}\nz.jpg,1,2,3,4\n", "none of its 1 files, such as 'z.jpg', is among the 1 photographs"),
-        ("b.txt", "1 2 3 4 5\n", "images.txt cannot be read"),
+        ("b.txt", "1 2 3 4 5\n", "images.txt: there is no such file. A bounding_boxes.txt needs it"),
         ("b.json", "{", "b.json: not JSON"),
         ("b.json", "[]", "neither of COCO's form"),
         ("b.json", '{"images": [{"id": 1, "file_name": "a.jpg"}]}', "neither of COCO's form"),

@@ -319,7 +319,7 @@ def test_too_many_unread_photographs_end_the_run(copied, caplog):
     assert "unread" not in next(watched)
     with pytest.raises(UserError, match=r"2 of 48 photographs cannot be read, more than config.data.max_skipped"):
         [next(watched) for _ in range(6)]
-    assert sum("left out (1 of 48 photographs so far)" in message for message in caplog.messages) == 1
+    assert sum("Left out (1 of 48 photographs so far)." in message for message in caplog.messages) == 1
 
 
 def test_storage_that_fails_is_an_error_even_when_skipping(copied):

@@ -21,7 +21,9 @@ def tree(folder, label):
     rows = [(node, TREE[node][1], TREE[node][1].partition(" (")[0]) for node in LEAVES]
     table = pl.DataFrame(rows, ["node", "category", "species"], orient="row")
     nodes = pl.DataFrame([(node, *TREE[node]) for node in TREE], ["node", "parent", "name"], orient="row")
-    levels = taxonomy.write(folder, nodes, table)
+    for name, text in taxonomy.as_files(nodes).items():
+        (folder / name).write_text(text)
+    levels = taxonomy.levels_in_words(nodes, table)
     table = table.with_columns(class_name=pl.col(label))
     table = table.with_columns(label=pl.col("class_name").rank("dense").cast(pl.Int32) - 1)
     return taxonomy.read_taxonomy(folder, table), levels

@@ -13,14 +13,14 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_runs import at, crash, losses
+from tiny_runs import at, crash, losses, read_evaluations
 
 from vit_nabirds import cli
 from vit_nabirds.config.fields import fields
 from vit_nabirds.data.photographs import open_split
 from vit_nabirds.data.synthetic import draw_archive
 from vit_nabirds.data.table import read_table
-from vit_nabirds.runs.metrics import read_evaluations, read_metrics
+from vit_nabirds.runs.metrics import read_metrics
 
 REPOSITORY = Path(__file__).parent.parent
 

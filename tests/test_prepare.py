@@ -22,6 +22,7 @@ from vit_nabirds.data.prepare import prepare
 from vit_nabirds.data.synthetic import draw_archive
 from vit_nabirds.errors import ConfigError, UserError
 from vit_nabirds.parallel.cpus import cpu_share
+from vit_nabirds.parallel.locks import lock
 
 RED, GREEN, BLUE, GREY, BLACK = (220, 40, 40), (40, 180, 60), (40, 60, 200), (128, 128, 128), (0, 0, 0)
 
@@ -164,16 +165,15 @@ CORNERS = {"left": (8, 20), "right": (52, 20), "top": (20, 8), "bottom": (20, 52
 @pytest.mark.parametrize("frame", ["stored", "upright", "neither"])
 @pytest.mark.parametrize("orientation", SIDES)
 def test_boxes_follow_the_orientation_in_the_frame_that_the_sizes_state(tmp_path, capsys, orientation, frame):
-    """The box is the red half. What comes out is upright."""
+    """The box is the red half. What comes out is upright. Where nothing tells the frame, boxes are upright too."""
     photograph, exif = painted(60, 40, (0, 0, 30, 40, RED), (30, 0, 30, 40, BLUE)), Image.Exif()
     exif[0x0112] = orientation
     data = jpeg(photograph, tmp_path, exif=exif, quality=98, subsampling=0)
     swapped, side = orientation > 4, SIDES[orientation]
     halves = {"left": (0, 0, 30, 40), "right": (30, 0, 30, 40), "top": (0, 0, 40, 30), "bottom": (0, 30, 40, 30)}
-    is_upright = frame == "upright" and swapped  # else the two are of one size, and the boxes as stored
-    box = halves[side if is_upright else "left"]
+    box = halves["left" if frame == "stored" and swapped else side]
     archive = archive_of(tmp_path / "a", ("a.jpg", data, box, 1), ("b.jpg", data, box, 0))
-    sizes = {"stored": "60 40", "upright": "40 60" if swapped else "60 40", "neither": "70 50"}[frame]
+    sizes = {"stored": "60 40", "upright": "40 60" if swapped else "60 40", "neither": "70 70"}[frame]
     (archive / "sizes.txt").write_text(f"u-0 {sizes}\nu-1 {sizes}\n")
     prepare(archive, tmp_path / "p", train_size=100, test_size=40, margin=1)
     test, train = (pixels_of(tmp_path / "p/cleaned_images/0295" / name) for name in ("b.jpg", "a.jpg"))
@@ -185,8 +185,8 @@ def test_boxes_follow_the_orientation_in_the_frame_that_the_sizes_state(tmp_path
     assert (row["width"], row["height"]) == ((40, 60) if swapped else (60, 40))
     assert tuple(row[f"bb_{name}"] for name in ("x", "y", "width", "height")) == halves[side]
     output = capsys.readouterr().out
-    is_open = orientation in (2, 3, 4) or (orientation > 4 and frame == "neither")
-    assert ("nothing says that their boxes are" in output) == is_open
+    is_open = orientation in (2, 3, 4) or (orientation in (5, 6) and frame == "neither")  # (0, 30, 40, 30) fits one
+    assert ("nothing says if their boxes are" in output) == is_open
     assert ("not of the stated size" in output) == (frame == "neither")
 
 
@@ -220,14 +220,15 @@ def test_broken_photographs_are_listed_at_the_end_and_a_rerun_completes(tmp_path
     assert rows_of(out).equals(read_archive(archive).table.drop("width", "height"))
 
 
-def test_a_missing_photograph_is_found_before_any_work(tmp_path):
+def test_missing_photographs_are_listed_with_the_damaged_ones(tmp_path):
     good = painted(100, 80)
     rows = [(f"{n:02}.jpg", good if n < 2 else None, (0, 0, 9, 9), n % 2) for n in range(14)]
     archive = archive_of(tmp_path / "a", *rows)
-    with pytest.raises(UserError, match=r"12 photographs cannot be used") as error:
+    (archive / "images/0295/01.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match=r"13 photographs cannot be used") as error:
         prepare(archive, tmp_path / "p")
     assert all(f"/{n:02}.jpg: no such file" in str(error.value) for n in range(2, 14))
-    assert not (tmp_path / "p").exists()
+    assert "/01.jpg: an empty file" in str(error.value) and not (tmp_path / "p/metadata.parquet").exists()
 
 
 def test_a_photograph_of_an_unexpected_size_is_used_and_counted(tmp_path, capsys):
@@ -295,7 +296,11 @@ def test_a_rerun_after_kill_9_gives_what_an_undisturbed_run_gives(held_run, pain
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file() and file.name != "lock"
+    }
 
 
 def test_ctrl_c_finishes_only_the_photograph_in_hand(held_run, painted_archive):
@@ -499,6 +504,78 @@ def test_a_large_jpeg_is_decoded_at_a_reduced_scale(tmp_path, monkeypatch):
         image = pixels_of(tmp_path / f"p/cleaned_images/0295/{name}.jpg")
         for x, y, colour in ((32, 4, BLACK), (4, 32, RED), (31, 29, BLUE), (60, 32, RED)):
             assert_colour(image, x, y, colour)
+
+
+def test_a_damaged_image_is_made_again(tmp_path, capsys):
+    photographs = [(f"{n}.jpg", painted(100, 80, (5, 5, 50, 50, RED)), (5, 5, 50, 50), n) for n in (0, 1)]
+    archive, out = archive_of(tmp_path / "a", *photographs), tmp_path / "p"
+    prepare(archive, out)
+    before, image = contents(out), out / "cleaned_images/0295/1.jpg"
+    for damaged in (image.read_bytes()[:-200], jpeg(painted(269, 269), tmp_path)):
+        image.write_bytes(damaged)
+        prepare(archive, out)
+        assert "1 written, 1 already there" in capsys.readouterr().out
+        assert contents(out) == before
+
+
+def test_files_of_others_are_left_alone(tmp_path):
+    photographs = [(f"{n}.jpg", painted(100, 80), (5, 5, 50, 50), n) for n in (0, 1)]
+    archive, out = archive_of(tmp_path / "a", *photographs), tmp_path / "p"
+    out.mkdir()
+    (out / "classes.txt").write_text("0 person\n")
+    before = contents(tmp_path)
+    for folder, message in ((out, "holds a classes.txt that `prepare` has not written"), (archive, "is the archive")):
+        for options in ({}, {"metadata_only": True}):
+            with pytest.raises(UserError, match=message):
+                prepare(archive, folder, **options)
+    assert contents(tmp_path) == before
+
+
+def test_one_photograph_with_several_birds_is_one_failure(tmp_path):
+    whole = painted(60, 40)
+    archive = folders_of(tmp_path / "a", train={f"{n}.png": whole for n in "abc"}, test={"d.png": whole})
+    (archive / "train/a.png").write_bytes(b"<html></html>")
+    lines = ["path,label,split,bb_x,bb_y,bb_width,bb_height"]
+    lines += [f"train/{name}.png,jay,train,{x},0,20,20" for name in "abc" for x in (0, 20, 40)]
+    lines += ["test/d.png,wren,test,0,0,20,20", "test/d.png,jay,test,20,0,20,20"]
+    (archive / "birds.csv").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"1 photographs cannot be used, more than max_skipped=0.2 of 4"):
+        prepare(archive, tmp_path / "p", on_error="skip", max_skipped=0.2)
+    prepare(archive, tmp_path / "p", on_error="skip", max_skipped=0.25)
+    assert pl.read_csv(tmp_path / "p/skipped.csv").height == 1
+    assert pl.read_parquet(tmp_path / "p/metadata.parquet").height == 8
+
+
+def test_a_split_without_a_usable_photograph_is_refused(tmp_path):
+    whole = painted(60, 40)
+    train = {f"{name}/{n}.png": whole for name in ("jay", "wren") for n in range(3)}
+    archive = folders_of(tmp_path / "a", train=train, test={"jay/x.png": b"", "wren/y.png": b""})
+    with pytest.raises(UserError, match="no photograph of one of the splits can be used"):
+        prepare(archive, tmp_path / "p", on_error="skip", max_skipped=1)
+    assert not (tmp_path / "p/metadata.parquet").exists()
+
+
+def test_a_rerun_that_skips_again_keeps_table_and_pack(tmp_path, capsys):
+    whole = painted(60, 40)
+    train = {f"{name}/{n}.png": whole for name in ("jay", "wren") for n in range(3)} | {"jay/bad.png": b""}
+    archive = folders_of(tmp_path / "a", train=train, test={"jay/x.png": whole, "wren/y.png": whole})
+    options = dict(on_error="skip", max_skipped=0.2, pack=True, train_size=32, test_size=32)
+    for outcome in ("written in", "already there"):
+        prepare(archive, tmp_path / "p", **options)
+        assert outcome in capsys.readouterr().out.splitlines()[-1]
+    whole.save(archive / "train/jay/bad.png")
+    prepare(archive, tmp_path / "p", **options)
+    assert "written in" in capsys.readouterr().out.splitlines()[-1]
+    assert not (tmp_path / "p/skipped.csv").exists()
+
+
+def test_one_process_at_a_time_prepares_a_folder(tmp_path):
+    photographs = [(f"{n}.jpg", painted(100, 80), (5, 5, 50, 50), n) for n in (0, 1)]
+    archive, out = archive_of(tmp_path / "a", *photographs), tmp_path / "p"
+    out.mkdir()
+    with lock(out / "lock", "not this one"), pytest.raises(UserError, match="another process prepares .*/p right now"):
+        prepare(archive, out)
+    prepare(archive, out)
 
 
 @pytest.mark.parametrize("changed", [{"on_error": "stop"}, {"max_skipped": 2}, {"max_pixels": 0}, {"crop": "bird"}])

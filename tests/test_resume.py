@@ -6,13 +6,12 @@ import shutil
 import numpy as np
 import polars as pl
 import pytest
-from tiny_runs import FINISHED, STOPPED, arrays_of, at, crash, losses, steps_of, terminate, train
+from tiny_runs import FINISHED, STOPPED, arrays_of, at, crash, losses, read_evaluations, steps_of, terminate, train
 
 from vit_nabirds.commands.evaluate import evaluate
 from vit_nabirds.errors import UserError
 from vit_nabirds.parallel.locks import lock
 from vit_nabirds.runs.files import crc32_of
-from vit_nabirds.runs.metrics import read_evaluations
 from vit_nabirds.runs.selection import Selection
 
 
@@ -90,6 +89,28 @@ def test_the_best_checkpoint_outlives_a_resume_whatever_is_lost(tiny_config, tmp
         assert steps_of(tmp_path) == sorted({5, 8, 15, 20, best})
 
 
+@pytest.mark.parametrize("again", ["the selection is lost", "patience was too short"])
+def test_a_finished_run_is_judged_anew_by_what_is_known(undisturbed, tiny_config, tmp_path, again):
+    """A checkpoint whose evaluation is lost is scored again; what an earlier end left goes with it."""
+    if again == "the selection is lost":
+        run, before = shutil.copytree(undisturbed, tmp_path / "run"), (undisturbed / "results.json").read_text()
+        (run / "selection.json").unlink()
+    else:
+        run, before = tmp_path / "run", None
+        tiny_config.evaluate.every, tiny_config.evaluate.patience = "1 step", 1
+        assert train(tiny_config, run) == FINISHED and steps_of(run)[-1] < 20
+        tiny_config.evaluate.patience = 0
+        with at("step 15/20", terminate):
+            assert train(tiny_config, run) == STOPPED
+        assert not (run / "results.json").exists() and not (run / "predictions.parquet").exists()
+        tiny_config.evaluate.every = "5 steps"
+    assert train(tiny_config, run) == FINISHED
+    results = json.loads((run / "results.json").read_text())
+    assert results["last"]["step"] == 20 and (run / "predictions.parquet").exists()
+    if before:
+        assert results == json.loads(before)
+
+
 def unfinished(undisturbed, tmp_path):
     """A copy that goes on from step 15."""
     run = shutil.copytree(undisturbed, tmp_path / "run")
@@ -157,9 +178,16 @@ def test_a_changed_bit_in_the_metadata_is_damage(undisturbed, tiny_config, tmp_p
 
 
 def test_another_configuration_in_the_same_workdir_is_refused(undisturbed, tiny_config):
-    tiny_config.optimizer.learning_rate = 0.5
-    with pytest.raises(UserError, match=r"optimizer.learning_rate: 0.01 -> 0.5"):
-        train(tiny_config, undisturbed)
+    for section, name, value, message in (
+        ("optimizer", "learning_rate", 0.5, "optimizer.learning_rate: 0.01 -> 0.5"),
+        ("data", "validation", 0.0, "data.validation: 0.16666666666666666 -> 0.0"),
+        ("data", "label", "category", "data.label: species -> category"),
+        ("evaluate", "select", "loss", "evaluate.select: accuracy -> loss"),
+    ):
+        before, tiny_config[section][name] = tiny_config[section][name], value
+        with pytest.raises(UserError, match=message):
+            train(tiny_config, undisturbed)
+        tiny_config[section][name] = before
 
 
 def test_other_species_are_refused_by_name(undisturbed, tiny_config, tmp_path, prepared):
@@ -224,6 +252,7 @@ def test_damage_in_a_workdir_is_reported(undisturbed, tiny_config, tmp_path):
     with pytest.raises(UserError, match="config.json is damaged"):
         evaluate(run)
     shutil.rmtree(run / "checkpoints")
+    shutil.copy(undisturbed / "results.json", run)
     with pytest.raises(UserError, match="results of a run whose checkpoints are gone"):
         train(tiny_config, run)
 

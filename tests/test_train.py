@@ -16,7 +16,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_pack import images_of
-from tiny_runs import FINISHED, arrays_of, losses, metadata_of, prepared_run, steps_of, train
+from tiny_runs import FINISHED, arrays_of, losses, metadata_of, prepared_run, read_evaluations, steps_of, train
 
 from vit_nabirds.audit.program import collectives
 from vit_nabirds.commands.evaluate import evaluate
@@ -30,7 +30,7 @@ from vit_nabirds.models.pretrained.checkpoint import open_checkpoint
 from vit_nabirds.parallel.devices import make_mesh
 from vit_nabirds.recipe.augmentation import augment
 from vit_nabirds.runs.loading import open_run
-from vit_nabirds.runs.metrics import read_evaluations, read_metrics
+from vit_nabirds.runs.metrics import read_metrics
 from vit_nabirds.runs.selection import Selection
 from vit_nabirds.training.state import TrainState
 from vit_nabirds.training.step import make_train_step, step_keys
@@ -131,21 +131,22 @@ def test_categories_can_be_trained_on(tiny_config, tmp_path):
 def test_a_run_goes_on_without_photographs_that_cannot_be_read(tiny_config, prepared, tmp_path, caplog):
     birds = shutil.copytree(prepared, tmp_path / "birds")
     table = read_table(birds, validation=tiny_config.data.validation)
-    for split in ("train", "validation", "test"):
-        (birds / "cleaned_images" / table.filter(split=split)["path"][1]).write_bytes(b"gone")
+    for split, index in (("train", 1), ("train", 2), ("validation", 1), ("test", 1)):
+        (birds / "cleaned_images" / table.filter(split=split)["path"][index]).write_bytes(b"gone")
     tiny_config.data.root, tiny_config.epochs = str(birds), 1.0
     with pytest.raises(UserError, match="cannot be read"):
         train(tiny_config, tmp_path / "run")
     tiny_config.data.on_error = "skip"
-    with pytest.raises(UserError, match="1 of 40 photographs cannot be read, more than config.data.max_skipped = 0.01"):
+    with pytest.raises(UserError, match="2 of 40 photographs cannot be read, more than config.data.max_skipped = 0.01"):
         train(tiny_config, tmp_path / "run")
     tiny_config.data.max_skipped = 0.2
     assert train(tiny_config, tmp_path / "run") == FINISHED
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["test"]["examples"] == 14 and results["test"]["skipped"] == 1
     assert read_evaluations(tmp_path / "run" / "metrics.jsonl")[5]["val/examples"] == 7
-    assert pl.read_parquet(tmp_path / "run" / "predictions.parquet").height == 14
-    assert sum("left out (1 of 40 photographs so far)" in message for message in caplog.messages) == 1
+    predictions = pl.read_parquet(tmp_path / "run" / "predictions.parquet")
+    assert predictions["predictions"].is_null().to_list() == [False, True, *[False] * 13]
+    assert sum("Left out (2 of 40 photographs so far)." in message for message in caplog.messages) == 1
 
 
 def test_every_line_of_the_metrics_has_step_epoch_and_time(undisturbed):

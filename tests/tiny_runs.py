@@ -73,6 +73,16 @@ def losses(workdir: Path) -> dict[int, float]:
     return by_step
 
 
+def read_evaluations(file: Path) -> dict[int, dict]:
+    """The figures of each evaluation in metrics.jsonl by step."""
+    evaluations = {}
+    for line in read_metrics(file):
+        if {"val/accuracy", "test/accuracy"} & line.keys():
+            figures = {name: value for name, value in line.items() if "/" in name}
+            evaluations[line["step"]] = evaluations.get(line["step"], {}) | figures
+    return evaluations
+
+
 def steps_of(workdir: Path) -> list[int]:
     """Steps of the complete checkpoints."""
     return existing(workdir / "checkpoints")[0]

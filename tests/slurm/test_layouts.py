@@ -2,8 +2,9 @@
 
 import pytest
 from real_slurm import TINY, last_step, wait_until
+from tiny_runs import read_evaluations
 
-from vit_nabirds.runs.metrics import read_evaluations, read_metrics
+from vit_nabirds.runs.metrics import read_metrics
 
 
 def trace(workdir) -> dict[int, tuple[int, float]]:

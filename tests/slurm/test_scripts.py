@@ -4,8 +4,7 @@ import os
 import subprocess
 
 from real_slurm import TINY, last_step, wait_until
-
-from vit_nabirds.runs.metrics import read_evaluations
+from tiny_runs import read_evaluations
 
 
 def test_one_task_for_each_node_on_staged_data(slurm, prepared, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import json
 import logging
 from pathlib import Path
 
-from vit_nabirds.errors import UserError
+from vit_nabirds.errors import ConfigError, UserError
 
 REQUIRED = ("workdir",)
 FLAGS = {
@@ -22,10 +22,10 @@ def run(options, group) -> int:
     from vit_nabirds.parallel.launchers import check_same_program
 
     check_same_program(group, {})
-    return evaluate(Path(options.workdir), options.step, options.data_root, group.is_writer)
+    return evaluate(Path(options.workdir), options.step, options.data_root, group)
 
 
-def evaluate(workdir: Path, step: int | None = None, root: str | None = None, is_writer: bool = True) -> int:
+def evaluate(workdir: Path, step: int | None = None, root: str | None = None, group=None) -> int:
     """Score a checkpoint of a run, by default the selected one; returns the exit code."""
     from vit_nabirds.config import Config
     from vit_nabirds.data.photographs import check_sizes, open_split
@@ -33,6 +33,7 @@ def evaluate(workdir: Path, step: int | None = None, root: str | None = None, is
     from vit_nabirds.data.taxonomy import read_taxonomy
     from vit_nabirds.data.unread import Unread
     from vit_nabirds.evaluation.scoring import Scorer, make_eval_step
+    from vit_nabirds.parallel.group import ProcessGroup
     from vit_nabirds.parallel.preemption import EXIT_STOPPED, StopRequest
     from vit_nabirds.runs.loading import open_run
 
@@ -40,16 +41,19 @@ def evaluate(workdir: Path, step: int | None = None, root: str | None = None, is
     metadata, config = run.metadata, Config.read(run.metadata.config)
     data = config.data
     root = Path(root or data.root)
-    table = read_table(root, data.label, data.validation)
+    table = read_table(root, data.label)
     if (classes := class_names(table)) != metadata.species:
         raise UserError(
             f"{root} has other classes than the run ({class_differences(metadata.species, classes)}): give the data "
             "of the training with --data_root."
         )
     photographs = open_split(root, table, "test")
-    check_sizes(photographs, photographs, metadata.architecture["image_size"])
-    if fingerprint(root, table) != metadata.fingerprint:
+    check_sizes(metadata.architecture["image_size"], photographs)
+    if not is_data_of(metadata.fingerprint, root, data):
         log.warning("%s has other records or images than the training had", root)
+    group = group or ProcessGroup()
+    shown = {"step": run.step, "selected": run.selected_by, "data": fingerprint(root, table)}
+    group.agree("what is evaluated", shown, f"All nodes must see the same data and the same {workdir}: try again.")
 
     log.info("evaluating the checkpoint of step %d on %d photographs of %s", run.step, len(photographs), root)
     unread = Unread(photographs, data.tolerated)
@@ -57,10 +61,20 @@ def evaluate(workdir: Path, step: int | None = None, root: str | None = None, is
         make_eval_step(run.model, metadata.normalization, run.mesh), photographs, unread, len(classes),
         config.batch_size, run.mesh, read_taxonomy(root, table), workers=-1,
     )  # fmt: skip
-    with StopRequest(speaks=is_writer) as stop:
+    with StopRequest(speaks=group.is_writer) as stop:
         scores = scorer.score(run.params, stop)
     if scores is None:
         return EXIT_STOPPED
-    if is_writer:
+    if group.is_writer:
         print(json.dumps({"step": run.step, "selected_by": run.selected_by, "test": scores.as_json()}))
     return 0
+
+
+def is_data_of(known: str, root: Path, data) -> bool:
+    """Whether a folder holds the photographs that a run with the section `data` of its configuration has split."""
+    from vit_nabirds.data.table import fingerprint, read_table
+
+    try:
+        return fingerprint(root, read_table(root, data.label, data.validation)) == known
+    except ConfigError:  # too few photographs to hold any out
+        return False

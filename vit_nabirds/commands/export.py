@@ -38,8 +38,9 @@ def export(workdir: Path, out: Path, step: int | None = None) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        classes, seen = metadata.species, (metadata.normalization, metadata.crop)
-        save_checkpoint(unfinished, metadata.architecture, opened.params, classes, *seen)
+        save_checkpoint(
+            unfinished, metadata.architecture, opened.params, metadata.species, metadata.normalization, metadata.crop
+        )  # fmt: skip
         (unfinished / "README.md").write_text(model_card(opened, out.name))
         unfinished.chmod(0o755)  # mkdtemp and safetensors make them private
         (unfinished / "model.safetensors").chmod(0o644)
@@ -54,12 +55,12 @@ def model_card(opened, name: str) -> str:
     """README.md of the folder, with the Hub's metadata at its head, for a run from `open_run`."""
     metadata, config = opened.metadata, opened.metadata.config
     size = metadata.architecture["image_size"]
-    fields = ("model", "optimizer", "batch_size", "epochs", "trainable")
+    fields = ("model", "optimizer", "evaluate", "batch_size", "epochs", "seed", "trainable")
+    recipe = {name: config["data"][name] for name in ("label", "validation")} | {name: config[name] for name in fields}
     shown, advice = "whole photographs", "whole photographs fitted into a black square, so pad yours"
     if metadata.crop == "box":
         shown = "photographs cropped to the birds' bounding boxes"
         advice = "birds cut out and fitted into a black square, so crop to the bird, and pad"
-    recipe = json.dumps({field: config[field] for field in fields}, indent=2)
     return f"""---
 library_name: transformers
 pipeline_tag: image-classification
@@ -92,7 +93,7 @@ method than the training, which changes the probabilities slightly.
 **Recipe:**
 
 ```json
-{recipe}
+{json.dumps(recipe, indent=2)}
 ```
 """
 

@@ -265,7 +265,7 @@ def _as_written(section: Any) -> dict:
 
 # What may differ between the runs of one workdir; of these, cpu_devices and remat change the losses, by rounding.
 FREE_ON_RESUME = re.compile(
-    r"data\.(root|synthetic|on_error|max_skipped|workers)|cpu_devices|checkpoint\..*|evaluate\..*|log_every|profile"
+    r"data\.(root|synthetic|on_error|max_skipped|workers)|cpu_devices|checkpoint\..*|evaluate\.(every|patience)|log_every|profile"
     r"|remat|model\.pretrained"
 )
 

@@ -29,14 +29,22 @@ Size = tuple[int, int]  # width, height
 def to_upright(box: Box, sizes: Size | None, picture: Picture) -> tuple[Box, bool]:
     """The box in the upright picture, and whether its frame was left open where that matters.
 
-    `sizes` (width, height) that are those of the upright picture alone say that the box is in it. Any others (those of
-    the pixels as stored; of neither; of both, for a square or a turn of 180°; None) leave it in the frame as stored.
+    The stated `sizes` (width, height) tell the frame if they are those of the upright picture alone, or of the pixels
+    as stored alone; else the box does, if it lies inside one of the two alone. A box of which neither tells (a half
+    turn, a mirrored picture, a square) is taken as of the upright picture, which is what people and most programs see.
     """
     if picture.orientation == 1:
         return box, False
-    if sizes == picture.size != picture.stored_size:
-        return box, False
-    return picture.upright(box), sizes != picture.stored_size or picture.size == picture.stored_size
+    for is_frame in (lambda frame: sizes == frame, lambda frame: lies_in(box, frame)):
+        stored, upright = is_frame(picture.stored_size), is_frame(picture.size)
+        if stored != upright:
+            return (picture.upright(box) if stored else box), False
+    return box, True
+
+
+def lies_in(box: Box, size: Size) -> bool:
+    """Whether a box lies in a picture of (width, height), but for a pixel."""
+    return min(box[:2]) > -1 and box[0] + box[2] < size[0] + 1 and box[1] + box[3] < size[1] + 1
 
 
 class StatedBox(NamedTuple):
@@ -96,7 +104,7 @@ class BoxFinder:
         """What was odd about the boxes, and how many were."""
         return {
             "boxes are of files that are not among the photographs": self._unused,
-            "boxes of turned photographs do not say if they were turned too: taken as of the pixels as stored": sum(
+            "boxes of photographs that EXIF turns do not say if they are turned too: taken as turned": sum(
                 self._left_open
             ),
             "boxes refer to another size than their photograph has: taken as they are": sum(self._other_sizes),
@@ -299,5 +307,8 @@ def _expecting(form: str, where: str) -> Iterator[None]:
 def _text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        beside = " A bounding_boxes.txt needs it beside it." if file.name == "images.txt" else ""
+        raise UserError(f"{file}: there is no such file.{beside}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read as UTF-8 text: {error}") from None

@@ -42,7 +42,8 @@ class ImageFiles:
                 return
             image = open_picture(data).read()
         except (OSError, ValueError) as error:
-            raise UserError(f"{file} cannot be read ({error}): delete it and run `main.py prepare` again.") from None
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"{file} cannot be read ({reason}): run `main.py prepare` again to mend it.") from None
         if image.shape != out.shape:
             raise UserError(
                 f"{file} is {image.shape[:2]} px, unlike the other images of its split ({self.size} x {self.size}): "

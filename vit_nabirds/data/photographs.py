@@ -82,10 +82,11 @@ def check_labels(photographs: Photographs, num_classes: int) -> None:
         )
 
 
-def check_sizes(train: Photographs, test: Photographs, image_size: int) -> None:
-    """Raise UserError if training images are too small for the model's crops or test images do not fit it."""
-    if train.size < image_size or test.size != image_size:
+def check_sizes(image_size: int, test: Photographs, train: Photographs | None = None) -> None:
+    """Raise UserError if test images do not fit the model, or training images are too small for its crops."""
+    if test.size != image_size or (train and train.size < image_size):
+        sizes = (f"training images are {train.size} px and " if train else "") + f"test images are {test.size} px"
+        flags = (f"--train_size={round(1.2 * image_size)} " if train else "") + f"--test_size={image_size}"
         raise UserError(
-            f"{train.images.folder}: training images are {train.size} px and test images {test.size} px, but the model "
-            f"takes {image_size}: prepare one with --train_size={round(1.2 * image_size)} --test_size={image_size}."
+            f"{test.images.folder}: {sizes}, but the model takes {image_size}: prepare the photographs with {flags}."
         )

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -24,16 +25,17 @@ from tqdm import tqdm
 
 from vit_nabirds.data import taxonomy
 from vit_nabirds.data.archives import Archive, read_archive
-from vit_nabirds.data.boxes import to_upright
+from vit_nabirds.data.archives.listing import BOX, STUCK_OUT
+from vit_nabirds.data.boxes import lies_in, to_upright
 from vit_nabirds.data.crops import Box, Crop, cut, place
 from vit_nabirds.data.pack import discard as discard_pack
 from vit_nabirds.data.pack import pack as pack_images
 from vit_nabirds.data.pictures import MAX_PIXELS, open_picture
-from vit_nabirds.data.table import BIRD, PREPARED, SKIPPED
+from vit_nabirds.data.table import BIRD, PARQUET_ERRORS, PREPARED, SKIPPED
 from vit_nabirds.errors import ConfigError, UserError, remedy_of
 from vit_nabirds.parallel.cpus import cpu_share
+from vit_nabirds.parallel.locks import lock
 
-BOX = ["bb_x", "bb_y", "bb_width", "bb_height"]
 # The columns that an image's pixels depend on: after a change of any other one, finished images stay valid.
 _GEOMETRY = ["path", "source", *BOX, "width", "height", "is_training_img"]
 # What is known of an image once it is prepared: size and box of the upright photograph, checksum of the file.
@@ -57,8 +59,6 @@ class Settings:
             raise ConfigError(f"{sizes}: give at least 16 pixels.")
         if not 0 <= self.margin <= 1:
             raise ConfigError(f"margin is {self.margin}: give a share of the bounding box from 0 to 1, as 0.2.")
-        if self.crop not in ("box", "none"):
-            raise ConfigError(f"crop is {self.crop!r}: give 'box', or 'none' for whole photographs.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,30 +101,74 @@ def prepare(
     if pack and metadata_only:
         raise ConfigError("--pack packs the images that --metadata_only leaves out: give one of them.")
     read = read_archive(archive, settings.crop, test_share)
-    if out.resolve().is_relative_to(read.folder.resolve()) or (out.exists() and not out.is_dir()):
-        raise UserError(f"{out}: is a file, or in the archive's own images folder. Choose another --out.")
+    stored = dataclasses.asdict(settings)
+    stored["archive"] = hashlib.sha256(read.table.select(_GEOMETRY).write_csv().encode()).hexdigest()
+    _check_out(out, Path(archive), read.folder, metadata_only)
+    _check_settings(out, stored)
     print(f"{archive}: {read.kind}", flush=True)
-    table, notes, written = read.table, dict(read.notes), 0
     try:
-        if not metadata_only:
-            table, written = _prepare_images(read, out, settings, policy, notes)
-        elif (out / "cleaned_images").exists():
-            raise UserError(
-                f"{out}: holds images, which must fit its metadata. Run again without --metadata_only (finished images "
-                "are kept), or choose another --out."
-            )
         out.mkdir(parents=True, exist_ok=True)
-        levels = taxonomy.write(out, read.taxonomy, table)
-        buffer = io.BytesIO()
-        table.write_parquet(buffer)
-        _write(out / "metadata.parquet", buffer.getvalue())
+        with lock(out / "lock", f"another process prepares {out} right now: wait for its end."):
+            table, notes, written = read.table, collections.Counter(read.notes), None
+            if not metadata_only:
+                table, written = _prepare_images(read, out, settings, policy, stored, notes)
+            levels = _write_tables(out, table, read.taxonomy, skipped=read.table.height - table.height)
     except OSError as error:  # an unreadable photograph is a UserError by now
         advice = f"{remedy_of(error)} or choose another --out, and run the command again; finished images are kept."
         raise UserError(f"{out}: {error}. {advice}") from error
 
-    _summarize(out, table, notes, levels, None if metadata_only else written, time.perf_counter() - started)
+    _summarize(out, table, notes, levels, written, time.perf_counter() - started)
     if pack:
         pack_images(out)
+
+
+def _check_out(out: Path, archive: Path, photographs: Path, metadata_only: bool) -> None:
+    """Raise UserError if `out` holds what must not be touched."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file. Choose another --out.")
+    if out.resolve().is_relative_to(photographs.resolve()) or out.resolve() == archive.resolve():
+        raise UserError(f"{out}: is the archive, or in its folder of photographs, {photographs}. Choose another --out.")
+    is_ours = (out / PREPARED).exists() or (out / "metadata.parquet").exists()
+    if foreign := [name for name in (*taxonomy.FILES, SKIPPED) if (out / name).exists() and not is_ours]:
+        raise UserError(f"{out}: holds a {foreign[0]} that `prepare` has not written. Choose another --out.")
+    if metadata_only and (out / "cleaned_images").exists():
+        raise UserError(
+            f"{out}: holds images, which must fit its metadata. Run again without --metadata_only (finished images "
+            "are kept), or choose another --out."
+        )
+
+
+def _check_settings(out: Path, settings: dict) -> None:
+    """Raise UserError if `out` holds images made with other settings, which must not be mixed with new ones."""
+    file = out / PREPARED
+    if not file.exists() and not (out / "cleaned_images").exists():
+        return
+    try:
+        earlier = {"crop": "box"} | json.loads(file.read_text())  # the first version knew nothing else
+        differing = [name for name in settings if earlier[name] != settings[name]]
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: missing, or not written by `prepare`. Choose another --out.") from error
+    changes = ", ".join(f"{name}={earlier[name]}, not {settings[name]}" for name in differing if name != "archive")
+    if changes:
+        raise UserError(f"{out}: its images were made with {changes}. Choose another --out.")
+    if differing:
+        raise UserError(
+            f"{out}: holds images of another archive, or paths, boxes or splits of this one have changed "
+            "since. Choose another --out, or delete this folder first."
+        )
+
+
+def _write_tables(out: Path, table: pl.DataFrame, tree: pl.DataFrame | None, skipped: int) -> str:
+    """Write the taxonomy and then metadata.parquet. Returns how many classes are how deep in the tree."""
+    for name, text in taxonomy.as_files(tree).items():
+        if text is None:
+            (out / name).unlink(missing_ok=True)
+        else:
+            _write(out / name, text.encode())
+    buffer = io.BytesIO()
+    table.write_parquet(buffer, metadata={"skipped": str(skipped)})
+    _write(out / "metadata.parquet", buffer.getvalue())
+    return taxonomy.levels_in_words(tree, table)
 
 
 def _summarize(
@@ -148,69 +192,58 @@ def _summarize(
 
 
 def _prepare_images(
-    read: Archive, out: Path, settings: Settings, policy: Policy, notes: dict[str, int]
+    read: Archive, out: Path, settings: Settings, policy: Policy, stored: dict, notes: collections.Counter
 ) -> tuple[pl.DataFrame, int]:
     """Make the images that no earlier run has finished. Returns the table of what can be used, with what was found, and
     the number of images made; counts oddities in `notes`."""
-    table, cleaned = read.table, out / "cleaned_images"
-    stored = dataclasses.asdict(settings)
-    stored["archive"] = hashlib.sha256(table.select(_GEOMETRY).write_csv().encode()).hexdigest()
-    _check_settings(out, stored)
-    sources = _list_files(read.folder, {os.path.dirname(source) for source in table["source"].unique()})
-    table = table.with_columns(missing=~pl.col("source").is_in(list(sources)))
-    if policy.on_error == "raise":
-        missing = table.filter("missing")["source"].unique(maintain_order=True)
-        _refuse([(str(read.folder / source), "no such file") for source in missing])
-
-    folders = {os.path.dirname(path) for path in table["path"]}
-    present = _list_files(cleaned, folders)
-    _start(out, cleaned, folders, present - set(table["path"]), stored, set(table["path"]) <= present)
-    job = _Job(read.folder, cleaned, settings, policy.max_pixels, present)
+    sources = _list_files(read.folder, {os.path.dirname(source) for source in read.table["source"].unique()})
+    table = read.table.with_columns(missing=~pl.col("source").is_in(list(sources)))
+    cleaned, known = out / "cleaned_images", _known_checksums(out)
+    present = _start(out, table, stored)
+    job = _Job(read.folder, cleaned, settings, policy.max_pixels, present, known)
     found = list(tqdm(job.run(table), total=table.height, unit=" images", disable=None))
+    if job.written:
+        discard_pack(out)
     notes.update(job.oddities)
-    failures = {row: what for row, what in enumerate(found) if isinstance(what, str)}
-    _refuse_or_skip(out, table, failures, read.folder, policy)
-    if failures:
-        notes[f"photographs cannot be used and were left out: {out / SKIPPED} has the reasons"] = len(failures)
-    used = table.drop("missing").with_row_index("row").filter(~pl.col("row").is_in(list(failures))).drop("row")
-    if lost := table["subcategory"].n_unique() - used["subcategory"].n_unique():
-        notes["classes have lost all their photographs"] = lost
-    known = pl.DataFrame([what for what in found if not isinstance(what, str)], schema=_FOUND, orient="row")
-    used = used.drop(name for name in _FOUND if name in used.columns)
-    return used.hstack(known), len(job.written)
+
+    failures = pl.DataFrame({"source": table["source"], "reason": [x if isinstance(x, str) else None for x in found]})
+    failures = failures.drop_nulls().unique(maintain_order=True)
+    _refuse_or_skip(out, table["source"].n_unique(), failures, read.folder, policy)
+    used = table.drop("missing").filter(pl.Series([not isinstance(x, str) for x in found], dtype=pl.Boolean))
+    if used["is_training_img"].n_unique() < 2:
+        raise UserError(f"{out}: no photograph of one of the splits can be used; {out / SKIPPED} has the reasons.")
+    notes[f"photographs cannot be used and were left out: {out / SKIPPED} has the reasons"] = failures.height
+    lost = table["subcategory"].n_unique() - used["subcategory"].n_unique()
+    notes["classes have lost all their photographs"] = lost
+    rows = pl.DataFrame([x for x in found if not isinstance(x, str)], schema=_FOUND, orient="row")
+    return used.drop(name for name in _FOUND if name in used.columns).hstack(rows), len(job.written)
 
 
-def _start(out: Path, cleaned: Path, folders: set[str], foreign: set[str], stored: dict, is_finished: bool) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    if not is_finished:
+def _start(out: Path, table: pl.DataFrame, stored: dict) -> set[str]:
+    """Make the folders, and clear away what the images to be made will outdate. Returns the files that are there."""
+    cleaned, paths = out / "cleaned_images", set(table["path"])
+    folders = {os.path.dirname(path) for path in paths}
+    present = _list_files(cleaned, folders)
+    skipped = pl.read_csv(out / SKIPPED, infer_schema=False)["source"] if (out / SKIPPED).exists() else []
+    wanted = set(table.filter(~pl.col("source").is_in(list(skipped)))["path"])
+    if not wanted <= present:
         discard_pack(out)
         (out / "metadata.parquet").unlink(missing_ok=True)
     _write(out / PREPARED, (json.dumps(stored, indent=2) + "\n").encode())
     for folder in folders:
         (cleaned / folder).mkdir(parents=True, exist_ok=True)
-    for path in foreign:
+    for path in present - paths:
         if path.endswith(_TEMPORARY):  # a killed run left it
             (cleaned / path).unlink()
+    return present
 
 
-def _check_settings(out: Path, settings: dict) -> None:
-    """Raise UserError if `out` holds images made with other settings, which must not be mixed with new ones."""
-    file = out / PREPARED
-    if not file.exists() and not (out / "cleaned_images").exists():
-        return
+def _known_checksums(out: Path) -> dict[str, int]:
+    """The checksum of each image that an earlier run has finished, by path."""
     try:
-        earlier = json.loads(file.read_text())
-        differing = [name for name in settings if earlier[name] != settings[name]]
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: missing, or not written by `prepare`. Choose another --out.") from error
-    changes = ", ".join(f"{name}={earlier[name]}, not {settings[name]}" for name in differing if name != "archive")
-    if changes:
-        raise UserError(f"{out}: its images were made with {changes}. Choose another --out.")
-    if differing:
-        raise UserError(
-            f"{out}: holds images of another archive, or paths, boxes or splits of this one have changed "
-            "since. Choose another --out, or delete this folder first."
-        )
+        return dict(pl.read_parquet(out / "metadata.parquet", columns=["path", "crc32"]).rows())
+    except PARQUET_ERRORS:
+        return {}  # there is none, or it is damaged, or of an earlier version
 
 
 def _list_files(root: Path, folders: set[str]) -> set[str]:
@@ -219,36 +252,37 @@ def _list_files(root: Path, folders: set[str]) -> set[str]:
     return {os.path.join(folder, name) for folder in present for name in os.listdir(root / folder)}
 
 
-def _refuse_or_skip(out: Path, table: pl.DataFrame, failures: dict[int, str], folder: Path, policy: Policy) -> None:
-    """Write the photographs that cannot be used to skipped.csv, or raise UserError."""
-    reasons = [(table["source"][row], reason) for row, reason in failures.items()]
-    if policy.on_error == "raise" or len(failures) > policy.max_skipped * table.height:
-        limit = ""
-        if policy.on_error == "skip":
-            limit = f", more than max_skipped={policy.max_skipped:g} of {table.height:,}"
-        _refuse([(str(folder / source), reason) for source, reason in reasons], limit)
-    (out / SKIPPED).unlink(missing_ok=True)
-    if reasons:
-        rows = pl.DataFrame(reasons, schema=["source", "reason"], orient="row")
-        _write(out / SKIPPED, rows.write_csv().encode())
-
-
-def _refuse(failures: list[tuple[str, str]], limit: str = "") -> None:
-    if failures:
-        shown = "\n  ".join(f"{file}: {reason}" for file, reason in sorted(failures))
+def _refuse_or_skip(out: Path, count: int, failures: pl.DataFrame, folder: Path, policy: Policy) -> None:
+    """Write those of `count` photographs that cannot be used to skipped.csv, or raise UserError."""
+    is_limited = policy.on_error == "skip"
+    if failures.height > policy.max_skipped * count or failures.height and not is_limited:
+        limit = f", more than max_skipped={policy.max_skipped:g} of {count:,}" if is_limited else ""
+        shown = "\n  ".join(f"{folder / source}: {reason}" for source, reason in failures.sort("source").rows())
         raise UserError(
-            f"{len(failures):,} photographs cannot be used{limit}:\n  {shown}\n"
+            f"{failures.height:,} photographs cannot be used{limit}:\n  {shown}\n"
             "Put good copies there and run the same command again (finished images are kept), or leave them out with "
-            "--on_error=skip."
+            f"{'a larger --max_skipped' if is_limited else '--on_error=skip'}."
         )
+    if failures.height:
+        _write(out / SKIPPED, failures.write_csv().encode())
+    else:
+        (out / SKIPPED).unlink(missing_ok=True)
 
 
 class _Job:
     """Makes the images of a table in threads, and counts what is odd about their photographs."""
 
-    def __init__(self, source: Path, cleaned: Path, settings: Settings, max_pixels: int, present: set[str]) -> None:
+    def __init__(
+        self,
+        source: Path,
+        cleaned: Path,
+        settings: Settings,
+        max_pixels: int,
+        present: set[str],
+        known: dict[str, int],
+    ) -> None:
         self._source, self._cleaned, self._settings = source, cleaned, settings
-        self._max_pixels, self._present = max_pixels, present
+        self._max_pixels, self._present, self._known = max_pixels, present, known
         self._oddities = []  # of all threads: appending is atomic
         self.written = []  # paths
 
@@ -271,20 +305,23 @@ class _Job:
     def _one(self, row: dict) -> tuple | str:
         if row["missing"]:
             return "no such file"
-        target, is_new = self._cleaned / row["path"], row["path"] not in self._present
+        target, data = self._cleaned / row["path"], self._finished(row["path"])
         try:
-            size, box, crop, image = self._cut(row, is_new)
+            size, box, crop, image = self._cut(row, data is None)
         except Exception as error:  # noqa: BLE001, a damaged file makes a decoder raise anything
             return str(error) or type(error).__name__
-        if is_new:
+        if data is None:
             # 4:4:4, because in so small an image an eye ring is a pixel wide; it costs 23 % more bytes than 4:2:0.
             data = simplejpeg.encode_jpeg(image, quality=95, colorspace="RGB", colorsubsampling="444")
             _write(target, data)
             self.written.append(row["path"])
-        else:
-            data = target.read_bytes()
         left, top, right, bottom = crop.bird
         return (*size, zlib.crc32(data), *(box or (None,) * 4), left, top, right - left, bottom - top)
+
+    def _finished(self, path: str) -> bytes | None:
+        """The image if it is there already, and is what was written."""
+        data = (self._cleaned / path).read_bytes() if path in self._present else None
+        return None if data is None or zlib.crc32(data) != self._known.get(path, zlib.crc32(data)) else data
 
     def _cut(self, row: dict, is_new: bool) -> tuple[tuple[int, int], Box | None, Crop, np.ndarray | None]:
         """Size and box of the upright photograph, and what becomes of it; of a finished one without the image."""
@@ -293,9 +330,13 @@ class _Job:
             stated = (row["width"], row["height"]) if row["width"] else None
             box, is_open = to_upright(tuple(row[name] for name in BOX), stated, picture)
             if is_open:
-                oddities.append("photographs are turned by EXIF, and nothing says that their boxes are: taken as not")
+                oddities.append(
+                    "photographs are turned by EXIF, and nothing says if their boxes are too: taken as turned"
+                )
             if stated not in (None, picture.size, picture.stored_size):
                 oddities.append("photographs are not of the stated size; boxes were clamped to the real one")
+            elif not lies_in(box, picture.size):
+                oddities.append(STUCK_OUT)
         is_train, settings = row["is_training_img"], self._settings
         size = settings.train_size if is_train else settings.test_size
         crop = place(picture.size, box, size, settings.margin if is_train and box else 0)
@@ -303,13 +344,13 @@ class _Job:
             return picture.size, box, crop, None
         image = cut(picture, crop)
         if crop.scale > 1:
-            oddities.append("birds are smaller than the canvas and were enlarged")
+            oddities.append("images show less than they have pixels for, and were enlarged")
         self._oddities += [*oddities, *picture.oddities]
         return picture.size, box, crop, image
 
 
 def _write(file: Path, data: bytes) -> None:
     """Write a file that has its name only when complete, so that a killed run leaves no partial one."""
-    temporary = file.with_name(file.name + _TEMPORARY)
+    temporary = file.with_name(f"{threading.get_ident()}{_TEMPORARY}")  # shorter than many a name
     temporary.write_bytes(data)
     os.replace(temporary, file)

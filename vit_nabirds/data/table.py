@@ -105,7 +105,8 @@ def _split(table: pl.DataFrame, validation: float, file: Path) -> pl.Series:
         if not held.any():
             raise ConfigError(
                 f"config.data.validation is {validation}, but that holds out none of the {training.sum():,} training "
-                f"photographs of {file}: no species has enough of them. Give a larger share, or 0."
+                f"photographs of {file}: each species has too few of them, or all of one photographer. Give a larger "
+                "share, or 0."
             )
     kind = pl.when(held).then(pl.lit("validation")).when(training).then(pl.lit("train")).otherwise(pl.lit("test"))
     return table.select(split=kind.cast(SPLIT))["split"]
@@ -125,6 +126,11 @@ def read_prepared(root: Path) -> str:
     """The text of prepared.json, or "" without one, as in the course's folder."""
     file = root / PREPARED
     return file.read_text() if file.exists() else ""
+
+
+def left_out_of(root: Path) -> int:
+    """How many photographs `prepare` left out."""
+    return int(pl.read_parquet_metadata(root / "metadata.parquet").get("skipped", 0))
 
 
 def settings_of(root: Path) -> dict:

@@ -9,7 +9,7 @@ import polars as pl
 
 from vit_nabirds.errors import UserError
 
-HIERARCHY, CLASSES = "hierarchy.txt", "classes.txt"  # '<child> <parent>' and '<node> <name>', as in the archive
+FILES = ("hierarchy.txt", "classes.txt")  # '<child> <parent>' and '<node> <name>', as in the archive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,29 +34,32 @@ class Taxonomy:
         return self.depths[one] + self.depths[other] - 2 * common
 
 
-def write(root: Path, tree: pl.DataFrame | None, table: pl.DataFrame) -> str:
-    """Write hierarchy.txt and classes.txt of a tree with node, parent and name, or remove them without one. Returns how
-    many classes are how deep, for the user."""
-    for name in (HIERARCHY, CLASSES):
-        (root / name).unlink(missing_ok=True)
+def as_files(tree: pl.DataFrame | None) -> dict[str, str | None]:
+    """The text of hierarchy.txt and classes.txt for a tree with node, parent and name; None without one."""
+    if tree is None:
+        return dict.fromkeys(FILES)
+    children = tree.filter(pl.col("parent").is_not_null())
+    rows = (children.select("node", "parent").rows(), tree.select("node", "name").rows())
+    return {name: "".join(f"{key} {value}\n" for key, value in pairs) for name, pairs in zip(FILES, rows, strict=True)}
+
+
+def levels_in_words(tree: pl.DataFrame | None, table: pl.DataFrame) -> str:
+    """How many of the table's classes are how deep."""
     if tree is None:
         return ""
-    children = tree.filter(pl.col("parent").is_not_null())
-    for name, rows in ((HIERARCHY, children.select("node", "parent")), (CLASSES, tree.select("node", "name"))):
-        (root / name).write_text("".join(f"{key} {value}\n" for key, value in rows.rows()), newline="\n")
-    parents = dict(children.select("node", "parent").rows())
+    parents = dict(tree.filter(pl.col("parent").is_not_null()).select("node", "parent").rows())
     depths = collections.Counter(len(_above(node, parents)) for node in table["node"].unique().drop_nulls())
     return ", ".join(f"{count:,} classes at depth {depth}" for depth, count in sorted(depths.items()))
 
 
 def read_taxonomy(root: Path, table: pl.DataFrame) -> Taxonomy | None:
     """Of a prepared folder, for the classes of a table from `read_table`; None where the archive had no tree."""
-    file = root / HIERARCHY
+    file, names = (root / name for name in FILES)
     if not file.is_file() or "node" not in table.columns:
         return None
     try:
-        parents = dict(line.split() for line in file.read_text().splitlines())
-        names = dict(line.split(maxsplit=1) for line in (root / CLASSES).read_text().splitlines())
+        parents = dict(line.split() for line in file.read_text("utf-8").split("\n") if line)
+        names = dict(line.split(maxsplit=1) for line in names.read_text("utf-8").split("\n") if line)
         nodes = table.select("label", "class_name", "node").unique().sort("label", "node")
         return _of_paths([_path(rows, parents, names) for _, rows in nodes.group_by("label", maintain_order=True)])
     except (OSError, ValueError, KeyError, RecursionError) as error:

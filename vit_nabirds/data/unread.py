@@ -33,19 +33,24 @@ class Unread:
                     self._report(int(row))
             yield batch
 
+    def check(self, count: int, more: str = "") -> None:
+        """UserError if so many photographs of the split, of which one is always tolerated, are too many."""
+        total = len(self._photographs)
+        if count > max(1, (self._most or 0) * total) or count == total:
+            raise UserError(
+                f"{count} of {total} photographs cannot be read, more than config.data.max_skipped = {self._most:g} of "
+                f"them.{more}"
+            )
+
     def _report(self, row: int) -> None:
         self.rows.add(row)
         split, count = self._photographs, len(self.rows)
         index = int(np.searchsorted(split.rows, row))
         try:
             split.read(index, np.empty((split.size, split.size, 3), np.uint8))
-            problem = f"{split.path(index)} could not be read, but can now"
+            problem = f"{split.path(index)} could not be read, but can now."
         except UserError as error:
-            problem = str(error).partition(": ")[0]
-        if count > self._most * len(split):
-            raise UserError(
-                f"{count} of {len(split)} photographs cannot be read, more than config.data.max_skipped = "
-                f"{self._most:g} of them; the last: {problem}. Prepare the folder again, or raise it."
-            )
+            problem = str(error)
+        self.check(count, f" The last: {problem}")
         # As an error, for of many processes only the first reports anything less.
-        log.error("%s: left out (%d of %d photographs so far)", problem, count, len(split))
+        log.error("%s Left out (%d of %d photographs so far).", problem, count, len(split))

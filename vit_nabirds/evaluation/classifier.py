@@ -63,7 +63,7 @@ class Classifier:
             self._prepare = checkpoint.preprocessing(size)
             crop = crop_of(read_json(checkpoint.folder / "preprocessor_config.json"))
         self._size, self._pads = size, pads
-        self._max_pixels, self._wants_boxes = max_pixels, crop == "box"
+        self._max_pixels, self._crop = max_pixels, crop
 
         def top_probabilities(params: dict, images: jax.Array, topk: int) -> tuple[jax.Array, jax.Array]:
             return jax.lax.top_k(jax.nn.softmax(network.logits(params, images)), topk)
@@ -88,17 +88,23 @@ class Classifier:
             raise UserError(f"topk is {topk}: ask for at least one species.")
         if isinstance(images, str | Path | bytes | Image.Image) or isinstance(images, np.ndarray) and images.ndim < 4:
             images = [images]
-        if self._wants_boxes and find is None:
-            log.warning(
-                "the model has learned birds that were cut out of their photographs: it knows them best in pictures "
-                "cropped to the bird (`predict --boxes=FILE` crops photographs)"
-            )
-            self._wants_boxes = False  # once is enough
+        self._warn_of_others(find is not None)
         topk = min(topk, len(self.species))
         batch_size = (8 if jax.default_backend() == "cpu" else 64) * self._mesh.size
         crops = self._crops(images, find, 2 * batch_size)
         while chunk := list(itertools.islice(crops, batch_size)):
             yield from self._predict(chunk, topk, batch_size)
+
+    def _warn_of_others(self, cropped: bool) -> None:
+        """Once, where pictures are not what the model was trained on."""
+        if self._crop == "box" and not cropped:
+            log.warning(
+                "the model has learned birds that were cut out of their photographs: it knows them best in pictures "
+                "cropped to the bird (`predict --boxes=FILE` crops photographs)"
+            )
+        elif self._crop == "none" and cropped:
+            log.warning("the model has learned whole photographs, and is shown the birds cut out of them")
+        self._crop = None
 
     def _crops(self, images: Iterable[Photograph], find: Callable | None, ahead: int) -> Iterator[tuple]:
         """(image, box, pixels or problem) for each box, while the next `ahead` images are being read."""

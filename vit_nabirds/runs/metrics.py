@@ -19,13 +19,3 @@ def read_metrics(file: Path) -> list[dict]:
             except (ValueError, TypeError, KeyError):
                 raise UserError(f"{file}, line {number} is not JSON with a step: delete that line.") from None
     return values
-
-
-def read_evaluations(file: Path) -> dict[int, dict]:
-    """The figures of each evaluation in metrics.jsonl by step."""
-    evaluations = {}
-    for line in read_metrics(file):
-        if {"val/accuracy", "test/accuracy"} & line.keys():
-            figures = {name: value for name, value in line.items() if "/" in name}
-            evaluations[line["step"]] = evaluations.get(line["step"], {}) | figures
-    return evaluations

@@ -21,7 +21,7 @@ def metric_of(config: Config) -> str | None:
 @dataclasses.dataclass
 class Selection:
     """The evaluations of a run by step, the final scores on the test photographs by step, and the checkpoints whose
-    evaluations are lost: any of them may be the best."""
+    evaluations are lost: any of them may be the best, so they are kept, and scored again at the end."""
 
     file: Path
     metric: str | None
@@ -52,6 +52,12 @@ class Selection:
             steps = ", ".join(map(str, checkpoints))
             log.warning("%s %s: any checkpoint (of step %s) may be the best, all are kept", file, problem, steps)
         return cls(file, metric, {}, {}, list(checkpoints) if metric else [])
+
+    @property
+    def checksum(self) -> int:
+        """Of all that decides which checkpoint is selected."""
+        content = {"evaluations": self.evaluations, "tests": self.tests, "unknown": self.unknown}
+        return crc32_of(json.loads(json.dumps(content)))
 
     def forget_after(self, step: int) -> None:
         """Drop the evaluations of later steps, which the run trains again."""

@@ -36,12 +36,6 @@ class Evaluator:
         """Whether an evaluation is due at this step and has not come to its end."""
         return self._run.plan.evaluates(step) and step not in self._run.selection.evaluations
 
-    @property
-    def has_converged(self) -> bool:
-        """Whether so many evaluations in a row were no better than an earlier one that the training may end."""
-        patience = self._run.config.evaluate.patience
-        return 0 < patience <= self._run.selection.evaluations_since_best
-
     def run(self, step: int, state: TrainState) -> bool:
         """Score the state of a step that has a checkpoint; False if a request to stop came first."""
         selection, split = self._run.selection, "val" if "val" in self._scorers else "test"
@@ -59,6 +53,8 @@ class Evaluator:
         """Score the selected checkpoint and the last on the test photographs, unless that has been done, and write what
         the selected one answers to predictions.parquet. Returns results.json; None if a request to stop came first."""
         run, selection = self._run, self._run.selection
+        if not self._score_unknown():
+            return None
         selected, file = selection.best(self._checkpoints.steps), run.workdir / PREDICTIONS
         for step in dict.fromkeys((selected, last)):
             if step in selection.tests:
@@ -71,11 +67,24 @@ class Evaluator:
             selection.tests[step] = scores.as_json()
             if self._is_writer:
                 if step == selected:
-                    table = scores.predictions(run.table, run.metadata.species)
+                    test = run.table.with_row_index("row").filter(split="test")
+                    table = scores.predictions(test, run.metadata.species)
                     table.write_parquet(partial := file.with_suffix(".partial"))
                     partial.replace(file)
                 selection.write()
         return selection.results(selected, last)
+
+    def _score_unknown(self) -> bool:
+        """Score the checkpoints whose evaluations are lost on the validation photographs; False if a request to stop
+        came first."""
+        selection = self._run.selection
+        for step in [step for step in selection.unknown if selection.metric]:
+            if step not in selection.evaluations:
+                if (scores := self._scorers["val"].score(self._params(step), self._stop)) is None:
+                    return False
+                selection.evaluations[step] = scores.named("val")
+            selection.unknown.remove(step)
+        return True
 
     def _params(self, step: int) -> dict:
         return self._checkpoints.restore(step, {"params": self._run.state_shapes().params})["params"]

@@ -29,13 +29,13 @@ def fit(
     plan, mesh, step = run.plan, run.mesh, run.start
     # A run that was stopped between a checkpoint and its evaluation owes the evaluation. False: stopped again.
     stopping = evaluator.is_behind(step) and not evaluator.run(step, state)
-    if step < plan.total_steps and not (stopping or evaluator.has_converged):
+    if step < plan.total_steps and not (stopping or run.has_converged):
         batch = devices.to_devices(next(batches), mesh)  # the loader goes on while the step is compiled
         with stop.waits_for("the compilation"):
             train_step = run.compile_step()
         reporter.restart(step)
 
-    while step < plan.total_steps and not (stopping or evaluator.has_converged):
+    while step < plan.total_steps and not (stopping or run.has_converged):
         step += 1
         # Queued before the step, so that the answer is there when the host reads it.
         votes = devices.any_process(mesh, stop.requested, saver.is_overdue())

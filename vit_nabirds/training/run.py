@@ -63,6 +63,16 @@ class Run:
         return max(self.saved_steps, default=0)
 
     @property
+    def has_converged(self) -> bool:
+        """Whether so many evaluations in a row were no better than an earlier one that the training may end."""
+        return 0 < self.config.evaluate.patience <= self.selection.evaluations_since_best
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there are steps left to train, from the run's start."""
+        return self.start < self.plan.total_steps and not self.has_converged
+
+    @property
     def data_in_words(self) -> str:
         """Like '404 species, 21,536 train, 2,393 validation and 24,633 test photographs'."""
         splits = {"train": self.train_split, "validation": self.validation_split, "test": self.test_split}
@@ -161,7 +171,7 @@ def prepare_run(config: Config, workdir: Path, group: ProcessGroup, mesh: jax.sh
         _check_same_run(saved, metadata, config, workdir)
     for split in (train_split, test_split):
         check_labels(split, len(classes))
-    check_sizes(train_split, test_split, architecture["image_size"])
+    check_sizes(architecture["image_size"], test_split, train_split)
 
     model = describe(
         architecture, len(classes), config.compute_dtype, config.model.dropout_rate, config.remat,
@@ -219,6 +229,11 @@ def _check_workdir(workdir: Path) -> None:
 def _check_same_run(saved: Metadata, metadata: Metadata, config: Config, workdir: Path) -> None:
     """UserError when the workdir holds another run: going on would mix the two."""
     root = config.data.root
+    if changed := differences(Config.read(flat(saved.config) | {"data.root": root}), config):
+        raise UserError(
+            f"{workdir} holds a run with another configuration ({'; '.join(changed)}): use another --workdir, or take "
+            "the change back to resume it."
+        )
     if saved.species != metadata.species:
         raise UserError(
             f"{workdir} holds a run on other classes than {root} has "
@@ -229,11 +244,6 @@ def _check_same_run(saved: Metadata, metadata: Metadata, config: Config, workdir
             f"{workdir} holds a run on other records or images than {root} has (its metadata.parquet or prepared.json "
             "differs): use another --workdir, or the data of that run."
         )
-    if changed := differences(Config.read(flat(saved.config) | {"data.root": root}), config):
-        raise UserError(
-            f"{workdir} holds a run with another configuration ({'; '.join(changed)}): use another --workdir, or take "
-            "the change back to resume it."
-        )
 
 
 def _check_agreement(run: Run, group: ProcessGroup) -> None:
@@ -243,7 +253,7 @@ def _check_agreement(run: Run, group: ProcessGroup) -> None:
             "data": run.metadata.fingerprint,
             "step": run.start,
             "evaluated": list(run.selection.evaluations),
-            "tested": list(run.selection.tests),
+            "selection.json": run.selection.checksum,
             "devices": jax.local_device_count(),
             "attention": run.model.kernels.attention.__name__,
         },

@@ -16,7 +16,7 @@ from vit_nabirds.config import Config
 from vit_nabirds.data.batches import train_block
 from vit_nabirds.data.prepare import prepare
 from vit_nabirds.data.synthetic import draw_archive
-from vit_nabirds.data.table import SKIPPED
+from vit_nabirds.data.table import SKIPPED, left_out_of
 from vit_nabirds.errors import ConfigError, UserError
 from vit_nabirds.parallel.group import ProcessGroup
 from vit_nabirds.parallel.locks import lock
@@ -25,6 +25,7 @@ from vit_nabirds.recipe.augmentation import augment
 from vit_nabirds.runs.checkpoints import Checkpoints
 from vit_nabirds.runs.compiled import keep_compiled
 from vit_nabirds.runs.files import write_json
+from vit_nabirds.runs.selection import PREDICTIONS
 from vit_nabirds.runs.tracker import Tracker
 from vit_nabirds.training.evaluator import Evaluator
 from vit_nabirds.training.loop import fit
@@ -59,7 +60,12 @@ def train(config: Config, workdir: Path, group: ProcessGroup) -> int:
         stack.push(group.end_if_several)  # or an error would wait for the other processes in the line above
         if checkpoints.steps != run.saved_steps:
             raise UserError(f"another process has just trained in {workdir}: run the same command again.")
+        if run.goes_on:  # also after an end that patience brought
+            run.selection.tests.clear()
         if group.is_writer:
+            if run.goes_on:
+                for name in ("results.json", PREDICTIONS):
+                    (workdir / name).unlink(missing_ok=True)
             write_json(workdir / "config.json", run.metadata.config)
             run.selection.write()
         keep_compiled(workdir / "compiled", group.is_writer)
@@ -77,7 +83,7 @@ def train(config: Config, workdir: Path, group: ProcessGroup) -> int:
         step = fit(run, state, batches, reporter, saver, evaluator, tracer, stop)
         checkpoints.wait()
 
-        ended = step == run.plan.total_steps or evaluator.has_converged
+        ended = step == run.plan.total_steps or run.has_converged
         results = evaluator.finish(step) if ended and not evaluator.is_behind(step) else None
         if results is None:
             when = f" {time.monotonic() - stop.since:.1f} s after the signal" if stop.requested else ""
@@ -116,10 +122,10 @@ def introduce(run: Run, tracker: Tracker, group: ProcessGroup) -> None:
         run.workdir, run.data_in_words, f"{total:,}", f"{trained:,}", config.compute_dtype, run.start,
         plan.total_steps, run.mesh.size, jax.default_backend(), group.num_processes,
     )  # fmt: skip
-    if (left_out := Path(config.data.root) / SKIPPED).exists():
-        log.warning(
-            "%d photographs were left out when the data were prepared: %s", len(pl.read_csv(left_out)), left_out
-        )
+    if left_out := left_out_of(root := Path(config.data.root)):
+        log.warning("%d photographs were left out when the data were prepared: %s", left_out, root / SKIPPED)
+    if run.validation_split and (missing := run.model.num_classes - len(np.unique(run.validation_split.labels))):
+        log.warning("%d of the classes have no validation photograph (docs/data.md says why)", missing)
     tracker.text("config", f"```\n{json.dumps(run.metadata.config, indent=2)}\n```")
     if group.is_writer and run.start < plan.total_steps:
         # The first 16 or so of the global batch, as one of many hosts would read them.

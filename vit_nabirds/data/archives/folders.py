@@ -12,7 +12,7 @@ from vit_nabirds.data.archives.names import SPLITS
 from vit_nabirds.errors import UserError
 
 _FORMS = "train/<class>/<photograph> and test/<class>/<photograph>"
-_JUNK = {"Thumbs.db", "ehthumbs.db", "desktop.ini", "__MACOSX", "@eaDir", "Icon\r"}
+_JUNK = {"Thumbs.db", "ehthumbs.db", "desktop.ini", "__MACOSX", "@eaDir", "Icon\r", "README", "LICENSE", "COPYING"}
 # Suffixes that nobody gives to photographs. All other files are read, for the suffix does not tell what is in them.
 _OTHER = """
     txt csv tsv json jsonl ndjson yaml yml toml ini cfg md rst xml html htm css js log lst names doc docx xls xlsx odt

@@ -17,6 +17,7 @@ _COLUMNS = dict.fromkeys(["source", "subcategory", "species_name", "node", "phot
 _COLUMNS |= dict.fromkeys(BOX, pl.Float64) | {"width": pl.Int64, "height": pl.Int64}
 _ORDER = ["path", "source", "subcategory", "species_name", "node", "photographer", "is_training_img", *BOX]
 _ORDER += ["width", "height"]
+STUCK_OUT = "boxes stuck out of their image and were clamped"
 # The place of a row in the archive's files; the text says which of its values matters: "path", "label", "box", "split".
 Where = Callable[[dict, str], str]
 
@@ -105,6 +106,10 @@ def _named(table: pl.DataFrame, listing: Listing) -> pl.DataFrame:
     refuse(nameless, lambda row: listing.where(row, "label"), message)
     merged = raw.height - table["subcategory"].n_unique()
     listing.notes["class names differ from another only in form or white space and were taken for it"] += merged
+    names = table["subcategory"].unique()
+    listing.notes["class names differ from another only in upper and lower case"] += (
+        len(names) - names.str.to_lowercase().n_unique()
+    )
     numbers = table["subcategory"].unique().str.contains(r"^[+-]?[\d.]+$")
     listing.notes["classes have numbers for names"] += int(numbers.sum()) if numbers.all() else 0
     return table
@@ -114,7 +119,9 @@ def _split(table: pl.DataFrame, listing: Listing) -> pl.DataFrame:
     """The table with is_training_img as the archive says, without photographs of val if there are some of test."""
     sizes = dict(table.group_by("split").len().rows())
     if sizes.get("val") and sizes.get("test"):
-        listing.notes["photographs of val are neither in train nor in test and were left out"] += sizes["val"]
+        listing.notes["photographs of val were left out: data.validation holds some of train out instead"] += sizes[
+            "val"
+        ]
         table = table.filter(pl.col("split").fill_null("train") != "val")
     elif sizes.get("val"):
         listing.notes["photographs of val are the test split, for there is no other"] += sizes["val"]
@@ -149,7 +156,7 @@ def _boxed(table: pl.DataFrame, listing: Listing, crop: str) -> pl.DataFrame:
     clamped = {"bb_x": left.clip(0), "bb_y": top.clip(0), "bb_width": right - left.clip(0)}
     clamped["bb_height"] = bottom - top.clip(0)
     clamped = [pl.when("boxed").then(value).cast(pl.Float64).alias(name) for name, value in clamped.items()]
-    listing.notes["boxes stuck out of their image and were clamped"] += table.filter("boxed").select(out.sum()).item()
+    listing.notes[STUCK_OUT] += table.filter("boxed").select(out.sum()).item()
     table = table.with_columns(clamped)
     empty = table.filter(pl.min_horizontal("bb_width", "bb_height") <= 0)
     refuse(empty, place, "the box of {name} has no area in its {size}. Correct it.")
