@@ -74,7 +74,14 @@ def test_half_of_the_bytes_are_sent_by_choice(audits):
     assert sum(c["bytes"] for c in sums if c["dtype"] == "bf16") == 2 * audits["tiny"]["parameters"]
     assert sum(c["bytes"] for c in sums if c["dtype"] != "bf16") == 3 * 4
     assert audits["tiny, one GPU"]["collectives"] == []
-    assert set(audits["scoring"]["collectives"]) == {"all-reduce"}
+
+
+@compiles
+def test_an_evaluation_sends_its_answers_and_neither_logits_nor_counts(audits):
+    """For each of 64 photographs: row, label, mask, the likeliest class, and five classes and probabilities."""
+    sent = dict(audits["scoring"]["collectives"])
+    assert sent.keys() == {"all-gather", "all-reduce"} and sent["all-reduce"] == 4  # the loss
+    assert sent["all-gather"] <= 64 * (4 + 2 * 5) * 4
 
 
 @compiles

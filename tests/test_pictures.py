@@ -21,7 +21,10 @@ from PIL import Image, TiffImagePlugin
 from vit_nabirds.data.pictures import open_picture
 from vit_nabirds.data.synthetic import draw_archive
 
-pytestmark = pytest.mark.filterwarnings("error")  # reading a picture never warns
+pytestmark = [  # reading a picture never warns; what other tests leave to the garbage collector may
+    pytest.mark.filterwarnings("error"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\nshowpage\n%%EOF\n"
 NOT_A_PICTURE = "not a picture in one of the formats AVIF, BMP, GIF, HEIF, JPEG, JPEG2000, PNG, PPM, TIFF, WEBP"

@@ -56,7 +56,7 @@ OTHER_MISTAKES = {
     "missing folder": (change("data.root", "/nowhere"), "/nowhere/metadata.parquet is missing"),
     "model too large": (
         change("model.image_size", 32),
-        "test images 16 px, but the model takes 32: prepare one with --train_size=38",
+        "test images are 16 px, but the model takes 32: prepare the photographs with --train_size=38",
     ),
     "checkpoint": (change("model.pretrained", "/nowhere"), "no folder '/nowhere'"),
 }
