@@ -2,7 +2,9 @@
 
     python main.py
 
-Measured on two CPU cores: 97.5 % of 240 test photographs after 300 steps, 1 min 8 s from the command to the end.
+Measured on two CPU cores: 95.0 % of 240 test photographs (95 % interval: 91.5 to 97.1) with the checkpoint of step 270
+of 360, selected on 64 validation photographs, in 1 min 2 s from the command to the end. On all 640 training photographs
+(--config.data.validation=0 --config.epochs=15) 97.5 % (94.7 to 98.9) after 300 steps.
 """
 
 from vit_nabirds import config as config_lib
@@ -21,7 +23,7 @@ def get_config():
     config.model.num_heads = 4
     config.model.mlp_dim = 256
     config.batch_size = 32
-    config.epochs = 15.0
+    config.epochs = 20.0
     config.optimizer.learning_rate = 1e-3
     config.optimizer.weight_decay = 0.05
     config.optimizer.warmup = "1 epoch"
