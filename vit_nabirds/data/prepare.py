@@ -224,8 +224,7 @@ def _start(out: Path, table: pl.DataFrame, stored: dict) -> set[str]:
     cleaned, paths = out / "cleaned_images", set(table["path"])
     folders = {os.path.dirname(path) for path in paths}
     present = _list_files(cleaned, folders)
-    skipped = pl.read_csv(out / SKIPPED, infer_schema=False)["source"] if (out / SKIPPED).exists() else []
-    wanted = set(table.filter(~pl.col("source").is_in(list(skipped)))["path"])
+    wanted = set(table.filter(~pl.col("source").is_in(_skipped_before(out)))["path"])
     if not wanted <= present:
         discard_pack(out)
         (out / "metadata.parquet").unlink(missing_ok=True)
@@ -244,6 +243,14 @@ def _known_checksums(out: Path) -> dict[str, int]:
         return dict(pl.read_parquet(out / "metadata.parquet", columns=["path", "crc32"]).rows())
     except PARQUET_ERRORS:
         return {}  # there is none, or it is damaged, or of an earlier version
+
+
+def _skipped_before(out: Path) -> list[str]:
+    """The photographs that an earlier run has left out."""
+    try:
+        return pl.read_csv(out / SKIPPED, infer_schema=False)["source"].to_list()
+    except PARQUET_ERRORS:
+        return []
 
 
 def _list_files(root: Path, folders: set[str]) -> set[str]:
