@@ -69,7 +69,7 @@ def test_train_and_val_files_in_the_order_of_their_annotations(tmp_path):
         ("val/01_Jay/b.jpg", "Garrulus glandarius", False, None, None),
         ("val/00_Tit/a.jpg", "Parus major", False, "Ada", 500),
     ]
-    assert archive.notes == {WHOLE: 4, "photographs of val are the test split, for there is no other": 2}
+    assert archive.notes == {WHOLE: 4, "photographs of val are the test split: there is no other": 2}
 
 
 def test_ranks_are_a_tree_and_the_same_node_in_both_files(tmp_path):

@@ -51,7 +51,7 @@ def test_val_is_the_test_split_where_there_is_no_other(tmp_path, names):
     train, val = names
     archive = read_archive(fill(tmp_path, f"{train}/A/1.jpg", f"{train}/B/2.jpg", f"{val}/A/3.jpg", f"{val}/B/4.jpg"))
     assert {source for source, _, trains in rows(archive) if not trains} == {f"{val}/A/3.jpg", f"{val}/B/4.jpg"}
-    assert archive.notes == {WHOLE: 4, "photographs of val are the test split, for there is no other": 2}
+    assert archive.notes == {WHOLE: 4, "photographs of val are the test split: there is no other": 2}
 
 
 def test_val_beside_test_is_left_out_and_counted(tmp_path):

@@ -90,7 +90,7 @@ def test_the_best_checkpoint_outlives_a_resume_whatever_is_lost(tiny_config, tmp
 
 
 @pytest.mark.parametrize("again", ["the selection is lost", "patience was too short"])
-def test_a_finished_run_is_judged_anew_by_what_is_known(undisturbed, tiny_config, tmp_path, again):
+def test_a_finished_run_is_judged_by_what_is_known(undisturbed, tiny_config, tmp_path, again):
     """A checkpoint whose evaluation is lost is scored again; what an earlier end left goes with it."""
     if again == "the selection is lost":
         run, before = shutil.copytree(undisturbed, tmp_path / "run"), (undisturbed / "results.json").read_text()

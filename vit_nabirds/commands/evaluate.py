@@ -29,7 +29,7 @@ def evaluate(workdir: Path, step: int | None = None, root: str | None = None, gr
     """Score a checkpoint of a run, by default the selected one; returns the exit code."""
     from vit_nabirds.config import Config
     from vit_nabirds.data.photographs import check_sizes, open_split
-    from vit_nabirds.data.table import class_differences, class_names, fingerprint, read_table
+    from vit_nabirds.data.table import class_differences, class_names, fingerprint
     from vit_nabirds.data.taxonomy import read_taxonomy
     from vit_nabirds.data.unread import Unread
     from vit_nabirds.evaluation.scoring import Scorer, make_eval_step
@@ -41,7 +41,7 @@ def evaluate(workdir: Path, step: int | None = None, root: str | None = None, gr
     metadata, config = run.metadata, Config.read(run.metadata.config)
     data = config.data
     root = Path(root or data.root)
-    table = read_table(root, data.label)
+    table = table_of(root, data)
     if (classes := class_names(table)) != metadata.species:
         raise UserError(
             f"{root} has other classes than the run ({class_differences(metadata.species, classes)}): give the data "
@@ -49,10 +49,10 @@ def evaluate(workdir: Path, step: int | None = None, root: str | None = None, gr
         )
     photographs = open_split(root, table, "test")
     check_sizes(metadata.architecture["image_size"], photographs)
-    if not is_data_of(metadata.fingerprint, root, data):
+    if (found := fingerprint(root, table)) != metadata.fingerprint:
         log.warning("%s has other records or images than the training had", root)
     group = group or ProcessGroup()
-    shown = {"step": run.step, "selected": run.selected_by, "data": fingerprint(root, table)}
+    shown = {"step": run.step, "selected": run.selected_by, "data": found}
     group.agree("what is evaluated", shown, f"All nodes must see the same data and the same {workdir}: try again.")
 
     log.info("evaluating the checkpoint of step %d on %d photographs of %s", run.step, len(photographs), root)
@@ -70,11 +70,11 @@ def evaluate(workdir: Path, step: int | None = None, root: str | None = None, gr
     return 0
 
 
-def is_data_of(known: str, root: Path, data) -> bool:
-    """Whether a folder holds the photographs that a run with the section `data` of its configuration has split."""
-    from vit_nabirds.data.table import fingerprint, read_table
+def table_of(root: Path, data):
+    """The table as a run with the section `data` of its configuration has split it, if it can be split like that."""
+    from vit_nabirds.data.table import read_table
 
     try:
-        return fingerprint(root, read_table(root, data.label, data.validation)) == known
-    except ConfigError:  # too few photographs to hold any out
-        return False
+        return read_table(root, data.label, data.validation)
+    except ConfigError:  # too few training photographs to hold any out, but none are needed here
+        return read_table(root, data.label)

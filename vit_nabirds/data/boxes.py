@@ -14,14 +14,14 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from vit_nabirds.data.archives.listing import BOX
+from vit_nabirds.data.archives.tables import CORNERS, NAMES
 from vit_nabirds.data.crops import Box
 from vit_nabirds.data.pictures import Picture
 from vit_nabirds.errors import ConfigError, UserError
 
 MIN_CONFIDENCE = 0.2  # of MegaDetector's animals: the threshold that its authors suggest for version 5
-FILE_COLUMNS = ("path", "file", "filename", "file_name", "image", "filepath")
-CORNERS = ("xmin", "ymin", "xmax", "ymax")
-BOX_COLUMNS = (("bb_x", "bb_y", "bb_width", "bb_height"), CORNERS, ("x", "y", "width", "height"))
+FILE_COLUMNS, BOX_COLUMNS = NAMES["source"], (BOX, CORNERS, ["x", "y", "width", "height"])
 
 Size = tuple[int, int]  # width, height
 

@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 import simplejpeg
 
+from vit_nabirds.data.kinds import JPEG
 from vit_nabirds.data.pictures import open_picture
 from vit_nabirds.data.table import PARQUET_ERRORS, PREPARED, read_prepared, settings_of
 from vit_nabirds.errors import UserError
@@ -16,8 +17,6 @@ from vit_nabirds.errors import UserError
 # The files in packed/. The index is written last: a pack with an index is complete.
 PACK_INDEX, PACK_FILES = "index.parquet", {True: "train.npy", False: "test.npy"}
 PACK_COLUMNS = {"path": pl.String, "is_training_img": pl.Boolean, "crc32": pl.UInt32}
-
-JPEG = b"\xff\xd8"  # its first bytes
 
 
 @dataclasses.dataclass(frozen=True)

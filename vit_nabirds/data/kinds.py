@@ -52,7 +52,7 @@ _PICTURES, _OTHERS = (
 def kind_of(start: bytes) -> str:
     """One of FORMATS, for the first bytes of a file. Raises ValueError that says what it is instead of a picture.
 
-    A JPEG may start a little later, after bytes of which nobody knows what they are: viewers skip them.
+    A JPEG may start a little later, after unknown bytes, which viewers skip.
     """
     for kind, pattern in _PICTURES.items():
         if pattern.match(start):

@@ -65,9 +65,8 @@ def open_split(root: Path, table: pl.DataFrame, split: str, ignore_pack: bool = 
         birds = chosen.select(BIRD).to_numpy().astype(np.int32)
     else:  # of the course: the middle of the image, as large as a test image
         margin = max(images.size - size, 0) // 2
-        birds = np.tile(
-            np.int32([margin, margin, images.size - 2 * margin, images.size - 2 * margin]), (len(chosen), 1)
-        )
+        side = images.size - 2 * margin
+        birds = np.tile(np.int32([margin, margin, side, side]), (len(chosen), 1))
     return Photographs(images, *numbers, size, birds)
 
 

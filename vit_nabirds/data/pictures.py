@@ -92,7 +92,7 @@ def open_picture(source: str | Path | bytes | Image.Image | np.ndarray, max_pixe
     if isinstance(source, Image.Image):
         return _open_image(source, max_pixels)
     if not isinstance(source, str | Path | bytes):
-        raise ValueError(f"{source!r} is no picture: expected a path, bytes, a PIL image or an array")
+        raise ValueError(f"{source!r} is not a picture: expected a path, bytes, a PIL image or an array")
     data = source if isinstance(source, bytes) else _contents(source, max_pixels)
     if data.startswith(JPEG):  # a regular expression less
         return _open_jpeg(data, max_pixels)

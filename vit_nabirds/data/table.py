@@ -7,6 +7,7 @@ from pathlib import Path
 import polars as pl
 
 from vit_nabirds.data.archives.names import clean_name
+from vit_nabirds.data.archives.tables import PARQUET_ERRORS
 from vit_nabirds.data.splits import held_out
 from vit_nabirds.errors import ConfigError, UserError
 
@@ -18,7 +19,6 @@ KNOWN = {"crc32": pl.UInt32} | dict.fromkeys(BIRD, pl.Int32)
 SPLIT = pl.Enum(["train", "validation", "test"])
 PREPARED = "prepared.json"  # the settings that a folder's images were made with
 SKIPPED = "skipped.csv"  # photographs that `prepare` left out
-PARQUET_ERRORS = (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException)  # polars panics on damaged bytes
 
 
 def read_table(root: Path, label: str = "species", validation: float = 0.0) -> pl.DataFrame:
@@ -143,14 +143,9 @@ def settings_of(root: Path) -> dict:
 
 def fingerprint(root: Path, table: pl.DataFrame) -> str:
     """A hash of paths, classes, splits and the settings in prepared.json, independent of where the folder is."""
-    # 1 and 0, as before there was a validation split: runs of that time go on.
-    number = (
-        pl.col("split")
-        .cast(pl.String)
-        .replace_strict({"train": "1", "test": "0", "validation": "2"})
-        .alias("is_training_img")
-    )
-    rows = table.select("path", pl.col("class_name").alias("species_name"), number).sort("path")
+    # Named and numbered as before there was a validation split: runs of that time go on.
+    number = pl.col("split").cast(pl.String).replace_strict({"train": "1", "test": "0", "validation": "2"})
+    rows = table.select("path", species_name="class_name", is_training_img=number).sort("path")
     return hashlib.sha256((rows.write_csv() + read_prepared(root)).encode()).hexdigest()[:16]
 
 

@@ -52,5 +52,5 @@ class Unread:
         except UserError as error:
             problem = str(error)
         self.check(count, f" The last: {problem}")
-        # As an error, for of many processes only the first reports anything less.
+        # As an error: of many processes, only the first reports anything less.
         log.error("%s Left out (%d of %d photographs so far).", problem, count, len(split))

@@ -13,7 +13,7 @@ from vit_nabirds.errors import UserError
 
 _FORMS = "train/<class>/<photograph> and test/<class>/<photograph>"
 _JUNK = {"Thumbs.db", "ehthumbs.db", "desktop.ini", "__MACOSX", "@eaDir", "Icon\r", "README", "LICENSE", "COPYING"}
-# Suffixes that nobody gives to photographs. All other files are read, for the suffix does not tell what is in them.
+# Suffixes that nobody gives to photographs. All other files are read: a suffix does not say what is in them.
 _OTHER = """
     txt csv tsv json jsonl ndjson yaml yml toml ini cfg md rst xml html htm css js log lst names doc docx xls xlsx odt
     ods pdf svg py pyc ipynb sh bat zip tar gz tgz bz2 xz zst 7z rar parquet feather arrow npy npz pkl pickle mat h5

@@ -124,7 +124,7 @@ def _split(table: pl.DataFrame, listing: Listing) -> pl.DataFrame:
         ]
         table = table.filter(pl.col("split").fill_null("train") != "val")
     elif sizes.get("val"):
-        listing.notes["photographs of val are the test split, for there is no other"] += sizes["val"]
+        listing.notes["photographs of val are the test split: there is no other"] += sizes["val"]
     table = table.with_columns(is_training_img=pl.col("split").fill_null("train") == "train")
     both = table.filter(pl.col("is_training_img").n_unique().over("source") > 1).sort("source", maintain_order=True)
     refuse(both, lambda row: listing.where(row, "split"), "{source} is in the train and in the test split. Keep one.")

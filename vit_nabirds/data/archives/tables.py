@@ -11,18 +11,18 @@ from vit_nabirds.data.archives.names import SPLITS
 from vit_nabirds.errors import UserError
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
-_PARQUET_ERRORS = (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException)  # polars panics on damaged bytes
+PARQUET_ERRORS = (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException)  # polars panics on damaged bytes
 # What a column may be called; the first name wins over the others.
-_NAMES = {
+NAMES = {
     "source": ["path", "file", "filename", "file_name", "image", "filepath"],
     "label": ["label", "class", "class_name", "species", "species_name", "category"],
     "split": ["split", "subset", "set", "partition", "is_training_img", "is_train"],
     "photographer": ["photographer", "rights_holder"],
 }
-_CORNERS = ["xmin", "ymin", "xmax", "ymax"]
+CORNERS = ["xmin", "ymin", "xmax", "ymax"]
 _UNCLEAR = {"bb_x", "bb_width", "xmin", "xmax", "x1", "x2", "x_min", "cx", "x_center", "bbox", "bounding_box", "boxes"}
 _SIZE = ["width", "height"]
-_NUMBERS = {*BOX, *_CORNERS, *_SIZE}
+_NUMBERS = {*BOX, *CORNERS, *_SIZE}
 _FLAGS = SPLITS | {"1": "train", "0": "test", "true": "train", "false": "test"}
 
 
@@ -46,7 +46,7 @@ def fits(file: Path) -> bool:
             return bool(_columns(file, list(pl.read_parquet_schema(file))))
         with open(file, "rb") as opened:
             return bool(_separator(file, opened.readline(1 << 20)))
-    except (UserError, *_PARQUET_ERRORS):
+    except (UserError, *PARQUET_ERRORS):
         return False
 
 
@@ -67,7 +67,7 @@ def _read_one(file: Path, split: str | None, folder: Path, crop: str) -> pl.Data
     if last is None:
         raise UserError(f"{file}: it has no row below its column names. Give a row for each photograph.")
     table = _checked(table.head(last + 1), lambda row, what="": f"{file}, row {row['row']}", folder, split)
-    return table.rename({"label": "subcategory"}).drop("blank", *_CORNERS, strict=False)
+    return table.rename({"label": "subcategory"}).drop("blank", *CORNERS, strict=False)
 
 
 def _checked(table: pl.DataFrame, where: Where, folder: Path, split: str | None) -> pl.DataFrame:
@@ -108,9 +108,9 @@ def _checked(table: pl.DataFrame, where: Where, folder: Path, split: str | None)
 
 
 def _columns(file: Path, names: list[str]) -> dict[str, str]:
-    """The file's name for each role in _NAMES. UserError if path or label is missing, or a role unclear."""
+    """The file's name for each role in NAMES. UserError if path or label is missing, or a role unclear."""
     own, columns = _plain_names(names), {}
-    for role, accepted in _NAMES.items():
+    for role, accepted in NAMES.items():
         present = [name for name in accepted if name in own]
         if len(present) > 1 and present[0] != accepted[0]:
             raise UserError(f"{file}: columns {' and '.join(present)} mean the same. Rename one to {accepted[0]}.")
@@ -128,7 +128,7 @@ def _columns(file: Path, names: list[str]) -> dict[str, str]:
 def _box_columns(file: Path, names: list[str], crop: str) -> dict[str, str]:
     """The columns of the box and of the photograph's size, if there are any. UserError if they may mean others."""
     own = _plain_names(names)
-    for box in (BOX, _CORNERS):
+    for box in (BOX, CORNERS):
         if own.keys() >= set(box):
             return {name: own[name] for name in (*box, *_SIZE) if name in own}
     unclear = sorted(own.keys() & _UNCLEAR) or ["x", "y"] * (own.keys() >= {"x", "y"})
@@ -157,7 +157,7 @@ def _text(file: Path, column: pl.Series) -> pl.Series:
 def _read_parquet(file: Path) -> pl.DataFrame:
     try:
         return pl.read_parquet(file)
-    except _PARQUET_ERRORS as error:
+    except PARQUET_ERRORS as error:
         raise UserError(f"{file}: not a readable Parquet file ({error}). Write it again.") from None
 
 
