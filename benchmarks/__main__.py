@@ -11,12 +11,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import contest, gpu, inputs, loops, scaling, steps
+from benchmarks import accuracy, contest, gpu, inputs, loops, scaling, steps
 from vit_nabirds.errors import UserError
 
 VIT_S = dict(hidden_size=384, num_layers=12, num_heads=6, mlp_dim=1536, patch_size=16, image_size=224)
 TINY = dict(hidden_size=8, num_layers=12, num_heads=2, mlp_dim=16, patch_size=8, image_size=16)
 PARTS = ("input", "host", "step", "loop", "scaling")
+OF_TINY_MODELS = "\nOf tiny models for moments: these numbers say that the scripts work, and nothing else."
 
 
 def table(title: str, rows: dict[str, dict]) -> None:
@@ -36,14 +37,20 @@ def show(value: object) -> str:
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or what it has drawn would be left
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all these), or gpu")
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all these), gpu, or accuracy"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the targets and all that was measured there")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="prepared and packed (default: birds are drawn)")
     parser.add_argument("--torch", default=sys.executable, metavar="PYTHON", help="of an environment with torch")
+    parser.add_argument("--weights", type=Path, metavar="FOLDER", help="of accuracy: to start from")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="of accuracy: of its runs, to go on with")
+    parser.add_argument("--seeds", type=int, metavar="N", help="of accuracy: 0 to N - 1 (default: 3)")
+    parser.add_argument("--only", metavar="NAME,...", help="of accuracy: these recipes (default: all)")
     parser.add_argument("--quick", action="store_true", help="tiny models, to see that all of it works")
     options = parser.parse_args()
-    if unknown := [part for part in options.parts if part not in (*PARTS, "gpu")]:
-        parser.error(f"there is no part {unknown[0]!r}: it is one of {', '.join(PARTS)}, gpu")
+    if unknown := [part for part in options.parts if part not in (*PARTS, "gpu", "accuracy")]:
+        parser.error(f"there is no part {unknown[0]!r}: it is one of {', '.join(PARTS)}, gpu, accuracy")
     if shutil.which(options.torch) is None:
         parser.error(f"--torch={options.torch} is no program")
     try:
@@ -51,6 +58,10 @@ def main() -> None:
             options.json.open("a").close()
     except OSError as error:
         parser.error(f"--json: {error}")
+    if "accuracy" in options.parts:
+        return of_accuracy(options, parser)
+    if given := [name for name in ("weights", "out", "seeds", "only") if getattr(options, name) is not None]:
+        parser.error(f"--{given[0]} belongs to the part accuracy")
     try:
         if options.data and not inputs.open_images(options.data, packed=True).is_packed:
             parser.error(f"--data={options.data} is not packed: prepare it with --pack")
@@ -136,24 +147,57 @@ def main() -> None:
             target("all-reduced bytes ÷ gradients", max(reduced) / rows[0]["gradients MB"], 1.01, at_most=True)
             target("other communication, %", max(row["other %"] for row in rows), 1, at_most=True)
 
-    machine = f"{os.cpu_count()} cores of {processor()}, Python {platform.python_version()}, {versions()}"
     if targets:
-        print(f"\nTargets, on {machine}\n\n| | measured | target | met |\n|---|---:|---:|---|")
+        print(f"\nTargets, on {machine()}\n\n| | measured | target | met |\n|---|---:|---:|---|")
     for row in targets:
         value = "not measured" if row["value"] is None else show(float(row["value"]))
         met = {None: "—", True: "yes", False: "NO"}[row["met"]]
         print(f"| {row['name']} | {value} | {row['target']} | {met} |")
     if quick:
-        print("\nOf tiny models for moments: these numbers say that the scripts work, and nothing else.")
+        print(OF_TINY_MODELS)
     results = [*(measured.get(part, {}) for part in ("input", "host", "step")), measured.get("gpu", {}).get("step", {})]
     rows = [row for result in results for row in result.items()]
     broken = [f"{name} {row['skipped']}" for name, row in rows if contest.ENDED in row.get("skipped", "")]
     if options.json:
-        options.json.write_text(
-            json.dumps({"machine": machine, "targets": targets, "measured": measured}, indent=2) + "\n"
-        )
+        write_results(options.json, targets, measured)
     if broken:
         sys.exit(f"error: {'; '.join(broken)}; see above for why")
+
+
+def of_accuracy(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """The part `accuracy`: trainings of hours, whose table is there after each of them."""
+    if len(options.parts) > 1:
+        parser.error("accuracy trains for hours: run it alone, because whatever is measured beside it would be wrong")
+    missing = [f"--{name}" for name in ("data", "weights", "out") if getattr(options, name) is None]
+    if missing and not options.quick:
+        parser.error(f"accuracy needs {' and '.join(missing)}")
+    seeds = options.seeds if options.seeds is not None else 1 if options.quick else 3
+    if seeds < 1:
+        parser.error(f"--seeds={seeds}: give 1 or more")
+
+    def report(title: str, rows: dict[str, dict], details: dict[str, dict]) -> None:
+        table(title, rows)
+        if options.json:
+            write_results(options.json, [], {"accuracy": {name: rows[name] | details[name] for name in rows}})
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            names = accuracy.chosen(options.only, options.quick)
+            out = options.out or Path(folder)
+            failed = accuracy.run(options.data, options.weights, out, seeds, names, options.quick, report)
+        except UserError as error:
+            parser.error(str(error))
+    print(OF_TINY_MODELS if options.quick else f"\nOn {machine()}")
+    if failed:
+        sys.exit(f"error: {'; '.join(failed)}")
+
+
+def write_results(file: Path, targets: list[dict], measured: dict) -> None:
+    file.write_text(json.dumps({"machine": machine(), "targets": targets, "measured": measured}, indent=2) + "\n")
+
+
+def machine() -> str:
+    return f"{os.cpu_count()} cores of {processor()}, Python {platform.python_version()}, {versions()}"
 
 
 def processor() -> str:

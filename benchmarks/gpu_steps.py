@@ -50,11 +50,9 @@ def ours(shape: dict, dtype: str, batch_size: int, remat: bool, device: str) -> 
     from benchmarks.ours import batch_shapes, training_step
     from vit_nabirds.audit.program import Memory
     from vit_nabirds.parallel import devices
-    from vit_nabirds.runs.checkpoints import placed
 
     mesh, row = devices.make_mesh(), {}
-    step, first_state = training_step(shape, mesh, compute_dtype=dtype, remat=remat)
-    like = placed(jax.eval_shape(first_state), devices.replicated(mesh))
+    step, first_state, like = training_step(shape, mesh, compute_dtype=dtype, remat="blocks" if remat else "none")
     shapes = batch_shapes(shape, batch_size, mesh)
     lowered = step.lower(like, shapes)
     make_state = jax.jit(first_state, out_shardings=devices.replicated(mesh)).lower().compile()

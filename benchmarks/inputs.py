@@ -69,12 +69,18 @@ def ours_packed(root: str, batch_size: int, count: int) -> Callable:
 
 def _augmented(packed: bool, root: str, batch_size: int, count: int) -> Callable:
     import jax
+    import jax.numpy as jnp
 
+    from vit_nabirds.config.fields import Augment
     from vit_nabirds.models.normalization import Normalization, zscore
-    from vit_nabirds.recipe.augmentation import augment
+    from vit_nabirds.recipe.augmentation import augment, image_keys
+
+    @jax.jit
+    def step(images: jax.Array, key: jax.Array) -> jax.Array:
+        keys = image_keys(key, jnp.arange(len(images)))
+        return zscore(augment(images, keys, 224 * images.shape[1] // 269, Augment()), Normalization())
 
     def batches() -> Iterator[jax.Array]:
-        step = jax.jit(lambda images, key: zscore(augment(images, key, 224 * images.shape[1] // 269), Normalization()))
         for number, batch in enumerate(_batches(open_images(root, packed), batch_size)):
             yield jax.block_until_ready(step(batch["image"], jax.random.key(number)))
 

@@ -13,17 +13,14 @@ import sys
 
 def audit(devices: int, shape: dict, per_device: int) -> dict:
     """Of the training step for `devices` devices of `per_device` images; run where XLA_FLAGS says so many devices."""
-    import jax
 
     from benchmarks.ours import batch_shapes, training_step
     from vit_nabirds.audit import program
     from vit_nabirds.parallel import devices as devices_lib
-    from vit_nabirds.runs.checkpoints import placed
 
     mesh = devices_lib.make_mesh()
     assert mesh.size == devices
-    step, first_state = training_step(shape, mesh)
-    like = placed(jax.eval_shape(first_state), devices_lib.replicated(mesh))
+    step, _, like = training_step(shape, mesh)
     compiled = step.lower(like, batch_shapes(shape, devices * per_device, mesh)).compile()
     found, memory = program.collectives(compiled.as_text()), compiled.memory_analysis()
     reduced = sum(c.bytes for c in found if c.kind == "all-reduce")

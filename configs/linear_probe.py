@@ -1,6 +1,15 @@
 """The head alone on frozen features: the quickest look at what a checkpoint knows of a data set.
 
-The first ten species of configs/birds60.py (270 training, 30 validation and 261 test photographs):
+The first ten species of configs/birds60.py (270 training, 30 validation and 261 test photographs). Features computed
+once, 18 heads trained on them (six learning rates by three weight decays), the best of them selected:
+    python main.py probe --config=configs/linear_probe.py --workdir=runs/sweep10 \\
+        --config.data.root=data/birds10 --config.model.pretrained=vit-small-patch14-224
+    93.1 % (243 of 261; 95 % interval 89.4 to 95.6) with a learning rate of 0.03 and a weight decay of 0.05, which have
+    all 30 validation photographs right
+All sixty (1,620, 180 and 1,733), without --config.data.root:
+    82.8 % (1,435 of 1,733; 81.0 to 84.5) with 0.01 and 0.5, 88.9 % on the validation photographs
+
+The same by `train`, one head on photographs that are augmented anew in each epoch:
     python main.py --config=configs/linear_probe.py --workdir=runs/probe10 \\
         --config.data.root=data/birds10 --config.model.pretrained=vit-small-patch14-224
     95.0 % (248 of 261; 95 % interval 91.7 to 97.1) after 10 epochs, selected on the validation photographs

@@ -19,7 +19,7 @@ B16 = dict(image_size=224, patch_size=16, hidden_size=768, num_layers=12, num_he
 TINY = dict(image_size=64, patch_size=16, hidden_size=128, num_layers=3, num_heads=2, mlp_dim=256)
 CASES = {
     "ViT-B/16": dict(machines="1x8 h100", shape=B16),
-    "ViT-B/16 with remat": dict(machines="8x8 h100", shape=B16, remat=True),
+    "ViT-B/16 with remat": dict(machines="8x8 h100", shape=B16, remat="blocks"),
     "ViT-B/16 on A100s": dict(machines="2x4 a100-80", shape=B16),
     "tiny": dict(machines="2x4 a100-40", shape=TINY),
     "tiny, bfloat16 sums": dict(machines="2x4 a100-40", shape=TINY, gradient_dtype="bfloat16"),
@@ -28,11 +28,12 @@ CASES = {
 }
 
 
-def audit(machines: str, shape: dict, compute_dtype: str = "bfloat16", **options) -> dict:
-    mesh = gpus.mesh_of(gpus.parse(machines))
-    step, first_state = training_step(shape, mesh, compute_dtype, **options)
-    state = placed(jax.eval_shape(first_state), devices.replicated(mesh))
-    compiled = step.lower(state, batch_shapes(shape, 64 * mesh.size, mesh)).compile(compiler_options=gpus.OPTIONS)
+def audit(
+    machines: str, shape: dict, compute_dtype: str = "bfloat16", fsdp: int = 1, images: int = 64, **options
+) -> dict:
+    mesh = gpus.mesh_of(gpus.parse(machines), fsdp)
+    step, _, state = training_step(shape, mesh, compute_dtype, **options)
+    compiled = step.lower(state, batch_shapes(shape, images * mesh.size, mesh)).compile(compiler_options=gpus.OPTIONS)
     text, memory = compiled.as_text(), compiled.memory_analysis()
     return {
         "working MiB": memory.temp_size_in_bytes / 2**20,

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from vit_nabirds.config.fields import Lora
 from vit_nabirds.models import cpu
 from vit_nabirds.models.kernels import PORTABLE, Kernels, cudnn_attention, xla_attention
 from vit_nabirds.models.model import describe
-from vit_nabirds.models.vit import TransformerEncoder, VisionTransformer, gelu
+from vit_nabirds.models.vit import TransformerEncoder, VisionTransformer, drop_path, gelu
 
 SHAPE = dict(image_size=16, patch_size=8, num_layers=2, num_heads=2, mlp_dim=32, hidden_size=16)
+SEED = jax.random.key(0)
 
 
 def test_attributes_and_display(capsys):
@@ -39,6 +41,59 @@ def test_dropout_needs_a_key_and_follows_it():
     one, same, other = (vit(images, jax.random.split(jax.random.key(seed), 2)) for seed in (1, 1, 2))
     assert np.array_equal(plain, again) and np.array_equal(one, same)
     assert not np.allclose(one, plain) and not np.allclose(one, other)
+
+
+def test_each_branch_is_skipped_by_its_own_draw_of_each_image_at_a_rate_that_rises_with_depth():
+    """Every image comes out of a block in one of four ways, of which each has its share."""
+    count, options = 4000, dict(num_layers=3, drop_path=0.5, kernels=PORTABLE, rngs=nnx.Rngs(0))
+    vit = VisionTransformer(num_classes=5, **SHAPE | options)
+    tokens, keys = jnp.tile(vit.stage(0, jnp.ones((1, 16, 16, 3))), (count, 1, 1)), jax.random.split(SEED, count)
+    assert np.array_equal(vit.stage(1, tokens, keys), vit.stage(1, tokens))
+    for number, rate in {2: 0.25, 3: 0.5}.items():
+        block, x, shares = vit.encoder.layers[number - 1], tokens[:1], {}
+        queries = 1 if number == 3 else None  # of the last block only the class token is computed
+        out = vit.stage(number, tokens, keys)
+        for attends in (0, 1):
+            normed = block.norm1(x)
+            middle = x[:, :queries] + attends * block.attn(normed[:, :queries], normed) / (1 - rate)
+            for thinks in (0, 1):
+                expected = middle + thinks * block.mlp(block.norm2(middle)) / (1 - rate)
+                shares[attends, thinks] = (np.abs(out - expected).max(axis=(1, 2)) < 1e-5).mean()
+        assert sum(shares.values()) == 1
+        for (attends, thinks), share in shares.items():
+            stay, skip = 1 - rate, rate
+            chance = (stay if attends else skip) * (stay if thinks else skip)
+            assert share == pytest.approx(chance, abs=4 * (chance * (1 - chance) / count) ** 0.5)
+
+
+def test_skipping_keeps_the_mean_and_follows_the_key_of_the_image_alone():
+    branch, keys = jax.random.normal(SEED, (4000, 3, 2)), jax.random.split(SEED, 4000)
+    out = drop_path(jnp.ones_like(branch), 0.3, keys, 3)
+    assert out.mean() == pytest.approx(1, abs=0.05) and np.allclose(out[out != 0], 1 / 0.7)
+    order = jnp.arange(4000)[::-7]
+    some = drop_path(branch[order], 0.3, keys[order], 3)
+    np.testing.assert_array_equal(some, drop_path(branch, 0.3, keys, 3)[order])
+    assert drop_path(branch, 0.3, None, 3) is branch and drop_path(branch, 0.0, keys, 3) is branch
+
+
+def test_nothing_of_it_is_in_the_program_of_a_model_without_it():
+    keys, images = jax.random.split(SEED, 2), jnp.zeros((2, 16, 16, 3))
+
+    def program(**options):
+        model = describe(SHAPE, 4, **options)
+        return model.jit(model.logits).lower(model.shapes, images, keys).as_text()
+
+    plain = program()
+    assert "shift_left" not in plain and "shift_left" in program(drop_path=0.1)  # of random bits
+    assert plain == program(drop_path=0.0, head_stddev=0.1, lora=Lora(rank=0, alpha=8, targets="query"))
+
+
+def test_the_classifier_is_zero_or_drawn_as_wide_as_asked_and_all_else_is_the_same():
+    zero, drawn = (describe(SHAPE, 500, head_stddev=stddev).initial_params(seed=3) for stddev in (0.0, 0.02))
+    kernel = drawn.pop("classifier/kernel")
+    assert not zero.pop("classifier/kernel").any()
+    assert kernel.std() == pytest.approx(0.02, rel=0.05) and abs(kernel.mean()) < 1e-3
+    assert all(np.array_equal(drawn[path], zero[path]) for path in zero) and drawn.keys() == zero.keys()
 
 
 def test_bfloat16_computes_near_float32_with_float32_parameters():

@@ -56,7 +56,7 @@ def test_the_newest_and_the_best_checkpoints_are_kept_and_describe_themselves(un
 def test_parts_come_back_bit_by_bit_and_alone_where_they_are_wanted(undisturbed, tiny_config, tmp_path):
     run = prepared_run(tiny_config, undisturbed)
     state = run.first_state(run.pretrained_params())
-    parts = state.parts()
+    parts = state.parts(run.saved)
     save(tmp_path, 3, parts)
     sharding = devices.replicated(run.mesh)
     restored = restore(tmp_path, 3, placed(jax.eval_shape(lambda: parts), sharding))
@@ -221,7 +221,8 @@ def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(open_folder, par
 
 
 def test_a_changed_bit_is_found_in_every_part(undisturbed, tiny_config, tmp_path):
-    like = prepared_run(tiny_config, undisturbed).state_shapes().parts()
+    run = prepared_run(tiny_config, undisturbed)
+    like = run.state_shapes().parts(run.saved)
     for part in ("params", "training"):
         folder = shutil.copytree(undisturbed / "checkpoints", tmp_path / part)
         assert restore(folder, 20, like).keys() == {"params", "training"}

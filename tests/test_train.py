@@ -20,6 +20,8 @@ from tiny_runs import FINISHED, arrays_of, losses, metadata_of, prepared_run, re
 
 from vit_nabirds.audit.program import collectives
 from vit_nabirds.commands.evaluate import evaluate
+from vit_nabirds.config import Config, default
+from vit_nabirds.config.fields import Augment
 from vit_nabirds.data.photographs import open_split
 from vit_nabirds.data.table import read_table
 from vit_nabirds.errors import UserError
@@ -28,7 +30,8 @@ from vit_nabirds.models.model import describe
 from vit_nabirds.models.normalization import Normalization, to_float, zscore
 from vit_nabirds.models.pretrained.checkpoint import open_checkpoint
 from vit_nabirds.parallel.devices import make_mesh
-from vit_nabirds.recipe.augmentation import augment
+from vit_nabirds.recipe.augmentation import augment, image_keys
+from vit_nabirds.recipe.loss import cross_entropy
 from vit_nabirds.runs.loading import open_run
 from vit_nabirds.runs.metrics import read_metrics
 from vit_nabirds.runs.selection import Selection
@@ -213,10 +216,13 @@ def test_both_steps_normalise_as_the_checkpoint_says(undisturbed):
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
     tx = optax.sgd(0.0)
-    step = make_train_step(model, tx, lambda step: 0.0, list(params), other, 3, make_mesh())
+    config = Config.read(default().to_dict() | {"seed": 3, "data": {"root": "data"}})
+    step = make_train_step(config, model, tx, lambda step: 0.0, list(params), cross_entropy, other, make_mesh())
     state = TrainState(jnp.int32(5), jax.tree.map(jnp.array, params), tx.init(params))
     measured = step(state, batch)[1]["train/loss"]
-    assert float(measured) == pytest.approx(float(loss_of(augment(batch["image"], step_keys(3, 5)[0], 16))), rel=1e-5)
+    keys = image_keys(step_keys(3, 5)[0], jnp.arange(4))
+    augmented = augment(batch["image"], keys, 16, Augment())
+    assert float(measured) == pytest.approx(float(loss_of(augmented)), rel=1e-5)
 
     batch["image"] = batch["image"][:, :16, :16]
     zeros = {"loss": 0.0, "top5": 0, "confusion": jnp.zeros((4, 4), jnp.int32)}

@@ -96,7 +96,8 @@ def metadata_of(workdir: Path) -> Metadata:
 def arrays_of(workdir: Path, step: int) -> dict[str, np.ndarray]:
     """Every array of a checkpoint by part and path, read with Orbax alone."""
     parts = ocp.load_checkpointables(workdir / "checkpoints" / str(step))
-    return {f"{part}/{path}": np.asarray(x) for part in ("params", "training") for path, x in parts[part].items()}
+    parts = {part: parts[part] for part in ("params", "training", "ema") if part in parts}
+    return {f"{part}/{path}": np.asarray(x) for part, arrays in parts.items() for path, x in arrays.items()}
 
 
 def hold() -> None:

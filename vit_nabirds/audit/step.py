@@ -13,7 +13,9 @@ from vit_nabirds.audit.estimate import Budget, bounds, largest_batch
 from vit_nabirds.audit.program import Collective, Memory
 from vit_nabirds.errors import ConfigError
 from vit_nabirds.parallel.gpus import GIB, OPTIONS, Machines
+from vit_nabirds.training.microbatch import largest_that_fits
 from vit_nabirds.training.run import Run
+from vit_nabirds.training.step import is_mixed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +38,9 @@ class Audit:
         return sum(c.bytes for c in self.collectives)
 
 
-def audit(run: Run, options: dict | None, batch_size: int) -> Audit:
-    """Compile the step of `run`, whose devices may be described ones, with XLA's options and a global batch size."""
-    traced = run.trace_step(batch_size)
+def audit(run: Run, options: dict | None, batch_size: int, microbatch: int) -> Audit:
+    """Compile the step of `run`, whose devices may be described ones, with XLA's options and sizes of the batches."""
+    traced = run.trace_step(batch_size, microbatch)
     compiled = run.compile_step(traced, options)
     text = compiled.as_text()
     batch = _bytes(run.batch_shapes(batch_size))
@@ -46,6 +48,16 @@ def audit(run: Run, options: dict | None, batch_size: int) -> Audit:
         Memory.of(compiled), batch // run.mesh.size, program.flops_of_products(traced.jaxpr.jaxpr),
         program.memory_traffic(text), program.collectives(text), program.fused_attentions(text),
     )  # fmt: skip
+
+
+def audit_of(run: Run, options: dict | None, available: int) -> tuple[Audit, int]:
+    """The audit of the run's step and its microbatch, which is chosen for so many available bytes if it is -1."""
+    audits = functools.cache(lambda microbatch: audit(run, options, run.config.batch_size, microbatch))
+    microbatch = run.config.microbatch
+    if microbatch == -1:
+        share = run.config.batch_size // run.mesh.size
+        microbatch = largest_that_fits(share, lambda size: audits(size).used, available, is_mixed(run.config))
+    return audits(microbatch), microbatch
 
 
 def _bytes(tree: object) -> int:
@@ -62,7 +74,7 @@ def of_run(run: Run, step: Audit) -> Iterator[str]:
     """What holds on any device: lines of the report."""
     sizes = {path: math.prod(x.shape) for path, x in run.model.shapes.items()}
     config, plan = run.config, run.plan
-    trained, stored = sum(sizes[path] for path in run.trainable), _bytes(run.state_shapes())
+    trained, stored = sum(sizes[path] for path in run.trainable), _bytes(run.state_shapes().parts(run.saved))
     yield f"data         {run.data_in_words}"
     yield f"model        {sum(sizes.values()):,} parameters, {trained:,} of them trained, in {config.compute_dtype}"
     yield (
@@ -115,26 +127,31 @@ def share_of_memory() -> float:
     raise ConfigError(f"{given[0]} is {os.environ[given[0]]!r}: it must be a number above 0 and up to 1.")
 
 
-def judge(run: Run, step: Audit, machines: Machines) -> tuple[list[str], str | None]:
+def judge(run: Run, step: Audit, microbatch: int, limit: Budget) -> tuple[list[str], str | None]:
     """Lines on the memory of a GPU, and what to change, if anything."""
-    limit = Budget(machines, share_of_memory())
-    images = run.config.batch_size // machines.size
+    config, machines = run.config, limit.machines
+    images, fits = config.batch_size // machines.size, step.used <= limit.available
+    changes = [] if microbatch else ["--config.microbatch=-1"]
+    changes += [] if config.remat == "blocks" else ["--config.remat=blocks"]
+    changes += [] if run.mesh.shape["fsdp"] >= machines.per_node else ["--config.mesh.fsdp=-1"]
+    if microbatch:
+        most = f"{microbatch:,} of them at once"
+    else:
 
-    @functools.cache
-    def used_with(per_gpu: int) -> int:
-        return step.used if per_gpu == images else audit(run, OPTIONS, per_gpu * machines.size).used
+        @functools.cache
+        def used_with(per_gpu: int) -> int:
+            return step.used if per_gpu == images else audit(run, OPTIONS, per_gpu * machines.size, 0).used
 
-    best = largest_batch(used_with, images, limit.available)
+        best = largest_batch(used_with, images, limit.available)
+        most = f"up to {best:,} fit"
+        changes = [f"--config.batch_size={best * machines.size}"] * (best > 0) + changes
     lines = [
         f"memory       {gib(step.used)} of a GPU: {gib(step.memory.arguments)} state and batch, "
         f"{gib(step.memory.working)} working memory, {gib(step.next_batch)} next batch",
         f"             {gib(limit.available)} can be had of {gib(machines.gpu.memory)}: JAX takes "
         f"{100 * limit.share:.3g} % (XLA_CLIENT_MEM_FRACTION), CUDA{' and NCCL' if machines.size > 1 else ''} "
         f"{gib(limit.outside)} or so",
-        f"             {images:,} photographs a GPU; up to {best:,} fit",
+        f"             {images:,} photographs a GPU; {most}",
     ]
-    if step.used <= limit.available:
-        return lines, None
-    fits = f"--config.batch_size={best * machines.size}" if best else "a smaller model or image_size"
-    again = "" if run.config.remat else ", --config.remat"
-    return lines, f"the step does not fit: use {fits}{again} or more GPUs."
+    ways = ", ".join(changes or ["a smaller model or image_size"])
+    return lines, None if fits else f"the step does not fit: use {ways} or more GPUs."

@@ -28,7 +28,7 @@ def run(options, group) -> int:
     config = Config.read(options.config)
     machines = None if options.gpus is None else gpus.parse(options.gpus)
     if machines:  # also where there are fewer CPU devices to compile for
-        check_batch_size(config.batch_size, machines.size)
+        check_batch_size(config, machines.size)
     share_of_memory()
     described = machines is not None and gpus.can_compile()
     gpus.stay_off_devices(machines.size if machines else config.cpu_devices)
@@ -43,23 +43,30 @@ def run(options, group) -> int:
 
 def check(config: Config, workdir: Path, group, machines, described: bool) -> int:
     """Print the report; returns 0 if the training is ready to start, else 1."""
+    import jax
+
     from vit_nabirds.audit import step as audits
-    from vit_nabirds.parallel import gpus
+    from vit_nabirds.audit.estimate import Budget
+    from vit_nabirds.parallel import devices, gpus
+    from vit_nabirds.training.microbatch import memory_of
     from vit_nabirds.training.run import prepare_run
 
     mesh = None  # as train would make it here
     if machines:
-        mesh = gpus.mesh_of(machines) if described else gpus.mesh_of_cpus(machines.size)
+        fsdp = machines.per_node if config.mesh.fsdp == -1 else config.mesh.fsdp
+        mesh = gpus.mesh_of(machines, fsdp) if described else devices.make_mesh(fsdp, jax.devices()[: machines.size])
     run = prepare_run(config, workdir, group, mesh)
     run.check_pretrained()
-    step = audits.audit(run, gpus.OPTIONS if described else None, config.batch_size)
+    limit = Budget(machines, audits.share_of_memory()) if described else None
+    available = limit.available if limit else memory_of(devices.own(run.mesh))
+    step, microbatch = audits.audit_of(run, gpus.OPTIONS if described else None, available)
     size, problem = run.mesh.size, None
     cpu = f"the CPU, as {size} device{'s' if size > 1 else ''}"
     print(f"{workdir} on {machines if described else cpu}")
     for line in audits.of_run(run, step):
         print(line)
     if described:
-        lines, problem = audits.judge(run, step, machines)
+        lines, problem = audits.judge(run, step, microbatch, limit)
         print("\n".join([*audits.of_gpus(run, step, machines), *lines]))
     else:
         print(f"memory       {audits.gib(step.used)} of a device")

@@ -11,6 +11,7 @@ FLAGS = {
     "workdir": (str, "Folder of the run."),
     "step": (int, "Step of the checkpoint (default: the selected one)."),
     "data_root": (str, "Prepared folder (default: the one that the run was trained on)."),
+    "wise": (str, "Share of the run's weights, the rest are pretrained ones: 0 to 1, or auto (by validation)."),
 }
 PARALLEL = True
 CONFIGURED = False
@@ -22,52 +23,78 @@ def run(options, group) -> int:
     from vit_nabirds.parallel.launchers import check_same_program
 
     check_same_program(group, {})
-    return evaluate(Path(options.workdir), options.step, options.data_root, group)
+    return evaluate(Path(options.workdir), options.step, options.data_root, group, options.wise)
 
 
-def evaluate(workdir: Path, step: int | None = None, root: str | None = None, group=None) -> int:
+def evaluate(
+    workdir: Path, step: int | None = None, root: str | None = None, group=None, wise: str | None = None
+) -> int:
     """Score a checkpoint of a run, by default the selected one; returns the exit code."""
-    from vit_nabirds.config import Config
-    from vit_nabirds.data.photographs import check_sizes, open_split
-    from vit_nabirds.data.table import class_differences, class_names, fingerprint
-    from vit_nabirds.data.taxonomy import read_taxonomy
-    from vit_nabirds.data.unread import Unread
-    from vit_nabirds.evaluation.scoring import Scorer, make_eval_step
+    from vit_nabirds.evaluation.wise import AUTO, check_share, mixed, share_of
     from vit_nabirds.parallel.group import ProcessGroup
     from vit_nabirds.parallel.preemption import EXIT_STOPPED, StopRequest
     from vit_nabirds.runs.loading import open_run
 
-    run = open_run(workdir, step)
-    metadata, config = run.metadata, Config.read(run.metadata.config)
-    data = config.data
-    root = Path(root or data.root)
-    table = table_of(root, data)
+    share = None if wise is None else share_of(wise)
+    run, group = open_run(workdir, step), group or ProcessGroup()
+    if share is not None:
+        check_share(share, run)
+    root = Path(root or run.metadata.config["data"]["root"])
+    table, found = data_of(run, root)
+    scorer = scorer_of(run, root, table, "test")
+    validation = scorer_of(run, root, table, "validation") if share == AUTO else None
+    shown = {"step": run.step, "selected": run.selected_by, "data": found, "wise": share}
+    group.agree("what is evaluated", shown, f"All nodes must see the same data and the same {workdir}: try again.")
+
+    with StopRequest(speaks=group.is_writer) as stop:
+        if share is not None:
+            if (answer := mixed(run, share, validation, group, stop)) is None:
+                return EXIT_STOPPED
+            run, share = answer
+        count = len(scorer.photographs)
+        log.info("evaluating the checkpoint of step %d on %d photographs of %s", run.step, count, root)
+        scores = scorer.score(run.params, stop)
+    if scores is None:
+        return EXIT_STOPPED
+    if group.is_writer:
+        mixture = {} if share is None else {"wise": share}
+        print(json.dumps({"step": run.step, "selected_by": run.selected_by, **mixture, "test": scores.as_json()}))
+    return 0
+
+
+def data_of(run, root: Path):
+    """The table of a prepared folder, and its fingerprint; UserError if its classes are not those of the run."""
+    from vit_nabirds.config import Config
+    from vit_nabirds.data.table import class_differences, class_names, fingerprint
+
+    metadata = run.metadata
+    table = table_of(root, Config.read(metadata.config).data)
     if (classes := class_names(table)) != metadata.species:
         raise UserError(
             f"{root} has other classes than the run ({class_differences(metadata.species, classes)}): give the data "
             "of the training with --data_root."
         )
-    photographs = open_split(root, table, "test")
-    check_sizes(metadata.architecture["image_size"], photographs)
     if (found := fingerprint(root, table)) != metadata.fingerprint:
         log.warning("%s has other records or images than the training had", root)
-    group = group or ProcessGroup()
-    shown = {"step": run.step, "selected": run.selected_by, "data": found}
-    group.agree("what is evaluated", shown, f"All nodes must see the same data and the same {workdir}: try again.")
+    return table, found
 
-    log.info("evaluating the checkpoint of step %d on %d photographs of %s", run.step, len(photographs), root)
-    unread = Unread(photographs, data.tolerated)
-    scorer = Scorer(
-        make_eval_step(run.model, metadata.normalization, run.mesh), photographs, unread, len(classes),
-        config.batch_size, run.mesh, read_taxonomy(root, table), workers=-1,
+
+def scorer_of(run, root: Path, table, split: str):
+    """What scores parameters of a run on the "test" or "validation" photographs of a prepared folder."""
+    from vit_nabirds.config import Config
+    from vit_nabirds.data.photographs import check_sizes, open_split
+    from vit_nabirds.data.taxonomy import read_taxonomy
+    from vit_nabirds.data.unread import Unread
+    from vit_nabirds.evaluation.scoring import Scorer, make_eval_step
+
+    metadata, config = run.metadata, Config.read(run.metadata.config)
+    photographs = open_split(root, table, split)
+    check_sizes(metadata.architecture["image_size"], photographs)
+    return Scorer(
+        make_eval_step(run.model, metadata.normalization, run.mesh, config.evaluate.views), photographs,
+        Unread(photographs, config.data.tolerated), len(metadata.species), config.batch_size, run.mesh,
+        read_taxonomy(root, table), workers=-1,
     )  # fmt: skip
-    with StopRequest(speaks=group.is_writer) as stop:
-        scores = scorer.score(run.params, stop)
-    if scores is None:
-        return EXIT_STOPPED
-    if group.is_writer:
-        print(json.dumps({"step": run.step, "selected_by": run.selected_by, "test": scores.as_json()}))
-    return 0
 
 
 def table_of(root: Path, data):

@@ -16,24 +16,29 @@ FLAGS = {
     "workdir": (str, "Folder of the run."),
     "step": (int, "Step of the checkpoint (default: the selected one)."),
     "out": (str, "Folder to write; it must not exist."),
+    "wise": (str, "Share of the run's weights, the rest are pretrained ones: 0 to 1, or auto (by validation)."),
 }
 PARALLEL = False
 CONFIGURED = False
 
 
 def run(options, group) -> int:
-    export(Path(options.workdir), Path(options.out), options.step)
+    export(Path(options.workdir), Path(options.out), options.step, options.wise)
     return 0
 
 
-def export(workdir: Path, out: Path, step: int | None = None) -> None:
+def export(workdir: Path, out: Path, step: int | None = None, wise: str | None = None) -> None:
     """Write the folder `out`, which must not exist, from a run's selected checkpoint or that of a step."""
     if out.exists():
         raise UserError(f"{out} exists already: choose another --out, or remove it first.")
+    from vit_nabirds.evaluation.wise import share_of
     from vit_nabirds.models.pretrained.export import save_checkpoint
     from vit_nabirds.runs.loading import open_run
 
+    share = None if wise is None else share_of(wise)
     opened = open_run(workdir, step)
+    if share is not None:
+        opened, share = between(opened, share)
     metadata = opened.metadata
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -41,7 +46,7 @@ def export(workdir: Path, out: Path, step: int | None = None) -> None:
         save_checkpoint(
             unfinished, metadata.architecture, opened.params, metadata.species, metadata.normalization, metadata.crop
         )  # fmt: skip
-        (unfinished / "README.md").write_text(model_card(opened, out.name))
+        (unfinished / "README.md").write_text(model_card(opened, out.name, share))
         unfinished.chmod(0o755)  # mkdtemp and safetensors make them private
         (unfinished / "model.safetensors").chmod(0o644)
         os.rename(unfinished, out)
@@ -51,8 +56,23 @@ def export(workdir: Path, out: Path, step: int | None = None) -> None:
     log.info("%s holds the checkpoint of step %d of %s, for %d species", out, opened.step, workdir, species)
 
 
-def model_card(opened, name: str) -> str:
-    """README.md of the folder, with the Hub's metadata at its head, for a run from `open_run`."""
+def between(opened, share: float | str):
+    """The run with a share of its own weights, and the share; `evaluation.wise` says how."""
+    from vit_nabirds.commands.evaluate import data_of, scorer_of
+    from vit_nabirds.evaluation.wise import AUTO, check_share, mixed
+    from vit_nabirds.parallel.group import ProcessGroup
+    from vit_nabirds.parallel.preemption import StopRequest
+
+    check_share(share, opened)
+    validation = None
+    if share == AUTO:
+        root = Path(opened.metadata.config["data"]["root"])
+        validation = scorer_of(opened, root, data_of(opened, root)[0], "validation")
+    return mixed(opened, share, validation, ProcessGroup(), StopRequest())
+
+
+def model_card(opened, name: str, share: float | None = None) -> str:
+    """README.md of the folder, with the Hub's metadata at its head, for a run from `open_run`, or a share of it."""
     metadata, config = opened.metadata, opened.metadata.config
     size = metadata.architecture["image_size"]
     fields = ("model", "optimizer", "evaluate", "batch_size", "epochs", "seed", "trainable")
@@ -61,6 +81,10 @@ def model_card(opened, name: str) -> str:
     if metadata.crop == "box":
         shown = "photographs cropped to the birds' bounding boxes"
         advice = "birds cut out and fitted into a black square, so crop to the bird, and pad"
+    weights = ""
+    if share is not None:
+        weights = f"\nThe weights, but for the classifier, are {share:g} of the fine-tuned and {1 - share:.3g} of the "
+        weights += "pretrained ones (WiSE-FT)."
     return f"""---
 library_name: transformers
 pipeline_tag: image-classification
@@ -69,7 +93,7 @@ tags: [birds, vision]
 # {name}
 
 Names {len(metadata.species):,} species of birds in photographs ({size} x {size} pixels). Fine-tuned with vit-nabirds
-from `{config["model"]["pretrained"] or "random weights"}`, and exported after step {opened.step:,}.
+from `{config["model"]["pretrained"] or "random weights"}`, and exported after step {opened.step:,}.{weights}
 
 **Measured:** {measured(opened)}.
 

@@ -12,6 +12,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from vit_nabirds.config.durations import CLOCK, STEPS, Duration, StepRange
+from vit_nabirds.config.path_rules import PathRules
 from vit_nabirds.errors import ConfigError
 
 
@@ -28,16 +29,27 @@ COUNT = Check(lambda x: 0 < x <= 10_000, "between 1 and 10,000")
 SIZE = Check(lambda x: 0 < x <= 1_000_000, "between 1 and 1,000,000")
 NOT_NEGATIVE = Check(lambda x: 0 <= x < math.inf, "0 or more")
 SHARE = Check(lambda x: 0 <= x < 1, "at least 0 and less than 1")
+SHARE_OR_ALL = Check(lambda x: 0 < x <= 1, "above 0 and at most 1")
 SEED = Check(lambda x: 0 <= x < 2**32, "between 0 and 2^32 - 1")
 ANY = Check(lambda _: True, "")
 PERIOD = Check(lambda x: x.amount > 0 and x.unit != "minute", f"like {STEPS}", Duration.parse)
 PERIOD_OR_MINUTES = Check(lambda x: x.amount > 0, f"like {CLOCK}", Duration.parse)
 LENGTH = Check(lambda x: x.unit != "minute", f"like {STEPS}", Duration.parse)
 STEP_RANGE = Check(lambda _: True, "the first and last step to trace, like '10-12'", StepRange.parse)
+PATH_RULES = Check(lambda _: True, "text, like 'cls_token lr=0.1 wd=0; embeddings frozen'", PathRules.parse)
 
 
 def one_of(*values: str) -> Check:
     return Check(lambda x: x in values, " or ".join(map(repr, values)))
+
+
+def within(low: float, high: float) -> Check:
+    """A pair (least, most) of numbers in a range, the first not above the second."""
+    return Check(
+        lambda pair: len(pair) == 2 and low <= pair[0] <= pair[1] <= high,
+        f"two numbers from {low:g} to {high:g}, the smaller one first",
+        lambda pair: tuple(map(float, pair)),
+    )
 
 
 def _is_pattern(text: str) -> bool:
@@ -48,6 +60,11 @@ def _is_pattern(text: str) -> bool:
 
 
 PATTERN = Check(_is_pattern, "a regular expression, '.*' for all parameters")
+
+
+REMAT = one_of("none", "elementwise", "blocks")._replace(
+    parse=lambda x: {True: "blocks", False: "none"}.get(x, x)  # it was a bool
+)
 
 
 def _field(default: Any, meaning: str, check: Check = ANY, kind: type | None = None) -> Any:
@@ -71,6 +88,11 @@ class Data:
         "raise", "'skip' goes on without photographs that cannot be read, and says which", one_of("raise", "skip")
     )
     max_skipped: float = _field(0.01, "largest share of a split that 'skip' may leave out", SHARE)
+    sampling: str = _field(
+        "uniform", "how often a class is drawn: 'uniform' as often as it has photographs, 'balanced' as often as any "
+        "other, 'sqrt' in between", one_of("uniform", "sqrt", "balanced"),
+    )  # fmt: skip
+    repeats: int = _field(1, "times that a photograph is in a batch, augmented differently each time", COUNT)
     workers: int = _field(-1, "loader processes on each host: 0 reads in threads, -1 follows the job's share of CPUs")
 
     @property
@@ -83,6 +105,10 @@ class Data:
 class Model:
     pretrained: str = _field("google/vit-base-patch16-224", "Hub id, folder, or empty for random weights")
     dropout_rate: float = _field(0.0, "share of activations dropped in training", SHARE)
+    drop_path: float = _field(
+        0.0, "share of images that skip the last block's branches, falling to 0 at the first", SHARE
+    )
+    head_stddev: float = _field(0.0, "of the new classifier's random weights; 0 starts from zeros", NOT_NEGATIVE)
     pool: str | None = _field(
         None, "what the head sees: 'cls', or 'cls+mean' with the patches' mean (default: as the checkpoint has it)",
         one_of("cls", "cls+mean"), str,
@@ -99,13 +125,85 @@ SHAPE = ("image_size", "patch_size", "hidden_size", "num_layers", "num_heads", "
 
 
 @dataclasses.dataclass(frozen=True)
+class Augment:
+    crop: str = _field(
+        "random", "'random' as large as the model's images, or 'resized' from a random area and shape",
+        one_of("random", "resized"),
+    )  # fmt: skip
+    area: tuple[float, float] = _field((0.08, 1.0), "share of the image that a 'resized' crop takes", within(0.01, 1))
+    aspect: tuple[float, float] = _field((0.75, 4 / 3), "width by height of a 'resized' crop", within(0.1, 10))
+    flip: bool = _field(True, "half of the images, left to right")
+    contrast: tuple[float, float] = _field((0.8, 1.2), "factor on the contrast; (1, 1): none", within(0, 10))
+    gamma: tuple[float, float] = _field((0.6, 1.2), "exponent of the brightness; (1, 1): none", within(0.1, 10))
+    color_jitter: float = _field(0.0, "largest change of brightness, contrast and saturation, as a share", SHARE)
+    policy: str = _field(
+        "none", "'randaugment' or 'trivialaugment': random operations on each image",
+        one_of("none", "randaugment", "trivialaugment"),
+    )  # fmt: skip
+    operations: int = _field(2, "of 'randaugment' on each image", COUNT)
+    magnitude: float = _field(9.0, "of 'randaugment', from 0 to 30", Check(lambda x: 0 <= x <= 30, "from 0 to 30"))
+    erasing: float = _field(0.0, "share of images of which a random rectangle is erased", SHARE)
+    mixup: float = _field(0.0, "alpha of the Beta distribution by which two images are blended; 0: none", NOT_NEGATIVE)
+    cutmix: float = _field(
+        0.0, "the same for pasting a part of one into the other; with both, one of the two", NOT_NEGATIVE
+    )
+    mixed: float = _field(1.0, "share of the pairs that are mixed", SHARE_OR_ALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    name: str = _field(
+        "cross_entropy", "'cross_entropy', or 'binary' cross-entropy of each class by itself",
+        one_of("cross_entropy", "binary"),
+    )  # fmt: skip
+    label_smoothing: float = _field(0.0, "share of each label that is spread over all classes", SHARE)
+    class_weights: str = _field(
+        "none", "'balanced' weighs each class by the inverse of its number of training photographs",
+        one_of("none", "balanced"),
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    rank: int = _field(
+        0, "train low-rank changes of the weights, and the classifier, only; 0: the weights themselves", NOT_NEGATIVE
+    )
+    alpha: float = _field(16.0, "the changes are multiplied by alpha / rank", POSITIVE)
+    targets: str = _field("attn|mlp", "regular expression in the paths of the layers that are changed", PATTERN)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    fsdp: int = _field(
+        1, "devices that share one copy of parameters and optimizer state; -1: all devices of a node",
+        Check(lambda x: x == -1 or 0 < x <= 10_000, "-1, or between 1 and 10,000"),
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
 class Optimizer:
-    name: str = _field("adamw", "'adamw', or 'sgd' with Nesterov momentum", one_of("adamw", "sgd"))
+    name: str = _field(
+        "adamw", "'adamw', 'lion', 'muon', or 'sgd' with Nesterov momentum", one_of("adamw", "sgd", "lion", "muon")
+    )
     learning_rate: float = _field(1e-4, "the peak, after warm-up", POSITIVE)
     head_multiplier: float = _field(1.0, "factor on the learning rate of the new classifier", POSITIVE)
-    schedule: str = _field("cosine", "'cosine' or 'linear'; both end at 0", one_of("cosine", "linear"))
+    layer_decay: float = _field(1.0, "factor on the learning rate from each block to the one before it", SHARE_OR_ALL)
+    rules: PathRules = _field(
+        "", "'PATTERN lr=0.1 wd=0; PATTERN frozen': for parameters whose path has the regular expression, a factor on "
+        "the learning rate in place of the two above, a weight decay, no training; the first that matches counts",
+        PATH_RULES,
+    )  # fmt: skip
+    schedule: str = _field(
+        "cosine", "'cosine', 'linear' or 'constant'; all but the last end at 0", one_of("cosine", "linear", "constant")
+    )
     warmup: Duration = _field("0 steps", "linear rise of the learning rate", LENGTH)
-    weight_decay: float = _field(0.0, "for kernels; none for biases, norms, class token and positions", NOT_NEGATIVE)
+    cooldown: Duration = _field("0 steps", "linear fall of a 'constant' learning rate to 0 at the end", LENGTH)
+    weight_decay: float = _field(
+        0.0, "for kernels; none for biases, norms, class token, positions and layer scales", NOT_NEGATIVE
+    )
+    moment_dtype: str = _field(
+        "float32", "of the first moments; 'bfloat16' halves their memory", one_of("float32", "bfloat16")
+    )
     momentum: float = _field(0.9, "for sgd only", SHARE)
     clip_norm: float = _field(0.0, "largest global norm of the gradient; 0 leaves it as it is", NOT_NEGATIVE)
 
@@ -116,6 +214,10 @@ class Evaluate:
     select: str = _field(
         "accuracy", "figure on the validation photographs that decides the best checkpoint",
         one_of("accuracy", "mean_class_accuracy", "loss"),
+    )  # fmt: skip
+    views: str = _field(
+        "one", "of each photograph, whose logits are averaged: 'one', 'flip' (and its mirror image), or 'ten' (and "
+        "four closer crops, with theirs)", one_of("one", "flip", "ten"),
     )  # fmt: skip
     patience: int = _field(0, "stop after so many evaluations in a row without a better one; 0: never", NOT_NEGATIVE)
 
@@ -141,16 +243,30 @@ class Config:
         "float32", "in which gradients are added up over devices: 'bfloat16' sends half the bytes, rounded",
         one_of("float32", "bfloat16"),
     )  # fmt: skip
+    microbatch: int = _field(
+        0, "photographs that a device works on at once, whose gradients are added up; 0: all of its share, -1: the "
+        "largest power of two that fits", Check(lambda x: -1 <= x <= 1_000_000, "-1, 0 or the number of photographs"),
+    )  # fmt: skip
+    ema_decay: float = _field(
+        0.0, "of the moving average of the parameters, which is evaluated and exported; 0: none", SHARE
+    )
     trainable: str = _field(".*", "regular expression in parameter paths; 'classifier' trains the head alone", PATTERN)
     cpu_devices: int = _field(1, "without an accelerator, split the CPU into this many devices", COUNT)
     data: Data = dataclasses.field(default_factory=Data)
     model: Model = dataclasses.field(default_factory=Model)
+    augment: Augment = dataclasses.field(default_factory=Augment)
+    loss: Loss = dataclasses.field(default_factory=Loss)
+    lora: Lora = dataclasses.field(default_factory=Lora)
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
     evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)
     checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
     log_every: int = _field(50, "steps", POSITIVE)
     profile: StepRange = _field("", "'10-12' writes a trace of these steps into the workdir's tensorboard/", STEP_RANGE)
-    remat: bool = _field(False, "compute activations again in the backward pass: less memory, up to a third more work")
+    remat: str = _field(
+        "none", "what the backward pass computes again, for less memory: 'blocks' whole (up to a third more work), or "
+        "'elementwise' all but their matrix products", REMAT,
+    )  # fmt: skip
 
     @classmethod
     def read(cls, values: Mapping) -> Self:
@@ -168,6 +284,15 @@ class Config:
             raise ConfigError(
                 f"config.evaluate.patience is {config.evaluate.patience}, but config.data.validation is 0: without "
                 "validation photographs nothing says when to stop. Set one of the two."
+            )
+        if config.loss.class_weights != "none" and config.data.sampling != "uniform":
+            raise ConfigError(
+                f"config.loss.class_weights is {config.loss.class_weights!r} and config.data.sampling "
+                f"{config.data.sampling!r}: both make up for rare classes. Set one of the two."
+            )
+        if config.lora.rank and not config.model.pretrained:
+            raise ConfigError(
+                "config.lora.rank is not 0, but there are no weights to change: set config.model.pretrained."
             )
         if config.data.synthetic and config.model.image_size is None:
             raise ConfigError("config.model.image_size is None: set it, because the birds are drawn at that size.")
@@ -259,14 +384,15 @@ def _as_written(section: Any) -> dict:
         value = getattr(section, field.name)
         if not field.metadata:
             value = _as_written(value)
-        written[field.name] = str(value) if isinstance(value, Duration | StepRange) else value
+        written[field.name] = str(value) if isinstance(value, Duration | StepRange | PathRules) else value
     return written
 
 
-# What may differ between the runs of one workdir; of these, cpu_devices and remat change the losses, by rounding.
+# What may differ between the runs of one workdir; of these, cpu_devices, microbatch, mesh.fsdp and remat change
+# the losses, by rounding.
 FREE_ON_RESUME = re.compile(
     r"data\.(root|synthetic|on_error|max_skipped|workers)|cpu_devices|checkpoint\..*|evaluate\.(every|patience)|log_every|profile"
-    r"|remat|model\.pretrained"
+    r"|remat|microbatch|mesh\.fsdp|model\.pretrained"
 )
 
 

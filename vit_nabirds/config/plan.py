@@ -16,6 +16,7 @@ class Plan:
     steps_per_epoch: Fraction
     total_steps: int
     warmup_steps: int
+    cooldown_steps: int
     evaluate_every: Fraction  # steps, perhaps not whole
     save_every: Fraction | None  # steps; None: by the clock
     save_seconds: float | None  # seconds; None: by steps
@@ -24,12 +25,14 @@ class Plan:
 
     @classmethod
     def of(cls, config: Config, training_images: int) -> Self:
-        """ConfigError for a warm-up or a trace that does not fit the run."""
+        """ConfigError for a warm-up, a cool-down or a trace that does not fit the run."""
         steps_per_epoch = Fraction(training_images, config.batch_size)
         total = math.ceil(Fraction(str(config.epochs)) * steps_per_epoch)
         warmup, every = round(config.optimizer.warmup.in_steps(steps_per_epoch)), config.checkpoint.every
         if warmup >= total:
             raise ConfigError(f"config.optimizer.warmup is {warmup} steps, but the whole run has {total}: shorten it.")
+        cooldown = round(config.optimizer.cooldown.in_steps(steps_per_epoch))
+        _check_cooldown(cooldown, config.optimizer.schedule, warmup, total)
         if (traced := config.profile.steps).start > total:
             raise ConfigError(
                 f"config.profile asks for steps {traced.start}-{traced.stop - 1}, but the run has only {total}."
@@ -38,6 +41,7 @@ class Plan:
             steps_per_epoch=steps_per_epoch,
             total_steps=total,
             warmup_steps=warmup,
+            cooldown_steps=cooldown,
             evaluate_every=config.evaluate.every.in_steps(steps_per_epoch),
             save_every=every.in_steps(steps_per_epoch),
             save_seconds=60 * float(every.amount) if every.unit == "minute" else None,
@@ -58,6 +62,19 @@ class Plan:
 
     def logs(self, step: int) -> bool:
         return step in (1, self.total_steps) or step % self.log_every == 0
+
+
+def _check_cooldown(cooldown: int, schedule: str, warmup: int, total: int) -> None:
+    if cooldown and schedule != "constant":
+        raise ConfigError(
+            f"config.optimizer.cooldown is {cooldown} steps, but config.optimizer.schedule is {schedule!r}, which "
+            "falls to 0 by itself: take the cool-down away, or set the schedule to 'constant'."
+        )
+    if warmup + cooldown > total:
+        raise ConfigError(
+            f"config.optimizer.warmup is {warmup} and config.optimizer.cooldown {cooldown} steps, but the whole run "
+            f"has {total}: shorten one of them."
+        )
 
 
 def _ends_with(step: int, period: Fraction) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 from absl import flags
 
 from vit_nabirds.data.photographs import Photographs
+from vit_nabirds.data.sampling import epoch_order
 from vit_nabirds.errors import ConfigError, UserError
 from vit_nabirds.parallel.cpus import cpu_share
 
@@ -27,9 +28,14 @@ def train_batches(
     workers: int,
     shard: grain.sharding.ShardOptions,
     skip: bool = False,
+    sampling: str = "uniform",
+    repeats: int = 1,
 ) -> Iterator[Batch]:
     """This host's block of the global batch of step `start` and of every later step, without end."""
-    block = functools.partial(train_block, photographs, batch_size, seed, shard=shard, skip=skip)
+    check_repeats(batch_size, repeats)
+    block = functools.partial(
+        train_block, photographs, batch_size, seed, shard=shard, skip=skip, sampling=sampling, repeats=repeats
+    )
     return _iterate(grain.MapDataset.range(start, sys.maxsize).map(block), workers, photographs.is_packed)
 
 
@@ -40,25 +46,36 @@ def train_block(
     step: int,
     shard: grain.sharding.ShardOptions,
     skip: bool = False,
+    sampling: str = "uniform",
+    repeats: int = 1,
 ) -> Batch:
     """This host's block of the global batch of a step, as `_read` gives it.
 
     The global batch, all hosts' blocks end to end, depends on seed and step only, not on the number of hosts or
-    workers. Each epoch is a new permutation; a batch may span two epochs. With `skip`, the next photograph of the epoch
-    takes the place of one that cannot be read; without it that is a UserError.
+    workers. Each epoch is a new order (`epoch_order`); a batch may span two epochs. With `skip`, the next photograph of
+    the epoch takes the place of one that cannot be read; without it that is a UserError.
+
+    With `repeats`, a batch has batch_size / repeats draws, one after another, and again from the first (Hoffer et al.,
+    2020), so that neighbours differ. The order of an epoch then lasts for `repeats` times as many images.
     """
-    epochs, places = np.divmod(_positions(step, batch_size, shard), len(photographs))
-    orders = [_epoch_order(seed, int(epoch), len(photographs)) for epoch in epochs]
+    each = batch_size // repeats
+    places = _positions(0, batch_size, shard) % each
+    draws, copies = np.unique(places, return_inverse=True) if repeats > 1 else (places, None)
+    epochs, places = np.divmod(step * each + draws, len(photographs))
+    orders = {epoch: epoch_order(seed, int(epoch), photographs.labels, sampling) for epoch in set(epochs)}
     tries = np.arange(_TRIES if skip else 1)
-    slots = [order[(place + tries) % len(order)] for order, place in zip(orders, places, strict=True)]
-    return _read(photographs, slots)
+    slots = [orders[epoch][(place + tries) % len(photographs)] for epoch, place in zip(epochs, places, strict=True)]
+    batch = _read(photographs, slots)
+    return batch if copies is None else {name: values[copies] for name, values in batch.items()}
 
 
-@functools.lru_cache(4)
-def _epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
-    # Grain's own shuffle takes 30 us per index, longer than reading an image from a pack. RandomState's stream is
-    # frozen (NumPy's NEP 19), so that a run can resume with another NumPy.
-    return np.random.RandomState([seed, epoch]).permutation(length)
+def check_repeats(batch_size: int, repeats: int) -> None:
+    """Raise ConfigError if a batch cannot hold each of its photographs equally often."""
+    if batch_size % repeats:
+        raise ConfigError(
+            f"config.data.repeats is {repeats}, which does not divide config.batch_size = {batch_size}: change one of "
+            "the two."
+        )
 
 
 def eval_batches(

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import grain
@@ -18,30 +19,44 @@ from vit_nabirds.data.taxonomy import Taxonomy
 from vit_nabirds.data.unread import Unread
 from vit_nabirds.errors import UserError
 from vit_nabirds.evaluation.figures import figures_of, intervals_of
+from vit_nabirds.evaluation.views import views
 from vit_nabirds.models.model import Model
 from vit_nabirds.models.normalization import Normalization, to_float, zscore
 from vit_nabirds.parallel import devices
 from vit_nabirds.parallel.preemption import StopRequest
+from vit_nabirds.parallel.sharding import AXES, spec_of
 
 
-def make_eval_step(model: Model, normalization: Normalization, mesh: jax.sharding.Mesh) -> Callable:
+def make_eval_step(model: Model, normalization: Normalization, mesh: jax.sharding.Mesh, kind: str = "one") -> Callable:
     """Jitted (params, totals, batch) -> (totals with the batch's sums added, answers); mask 0 does not count.
 
-    Answers are row (-1 with mask 0), label, the five likeliest classes and their probabilities, on every host.
+    Answers are row (-1 with mask 0), label, the five likeliest classes and their probabilities, on every host. Logits
+    are means over the `views` of that kind.
     """
 
-    def likeliest(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def on_device(params: dict, images: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """float32 logits (images, classes); the likeliest classes and their probabilities."""
+        seen = zscore(views(to_float(images), kind), normalization)
+        logits = jax.lax.map(functools.partial(logits_of, params), seen).mean(0) if len(seen) > 1 else None
+        logits = logits_of(params, seen[0]) if logits is None else logits
         # By logits, because probabilities may be equal where logits are not.
         highest, classes = jax.lax.top_k(logits, min(5, logits.shape[-1]))
-        return jnp.exp(highest - jax.nn.logsumexp(logits, axis=-1, keepdims=True)), classes
+        return logits, jnp.exp(highest - jax.nn.logsumexp(logits, axis=-1, keepdims=True)), classes
 
+    def logits_of(params: dict, x: jax.Array) -> jax.Array:
+        for number in range(model.num_stages):
+            x = model.stage(number, params, None, {}, x)
+        return x
+
+    specs = {path: spec_of(x.shape, mesh.shape["fsdp"]) for path, x in model.shapes.items()}
     # On each device by itself: XLA would gather all logits and sort them, 5 to 25 times slower on a CPU.
-    likeliest = jax.shard_map(likeliest, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    on_device = jax.shard_map(
+        on_device, mesh=mesh, in_specs=(specs, P(AXES)), out_specs=P(AXES), check_vma=False
+    )  # fmt: skip
 
     def eval_step(params: dict, totals: dict, batch: dict) -> tuple[dict, dict]:
-        logits = model.logits(params, zscore(to_float(batch["image"]), normalization))
+        logits, probabilities, classes = on_device(params, batch["image"])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-        probabilities, classes = likeliest(logits)
         row = jnp.where(batch["mask"] > 0, batch["row"], -1)
         answers = {"row": row, "label": batch["label"], "classes": classes, "probabilities": probabilities}
         answers |= {"likeliest": jnp.argmax(logits, axis=-1)}

@@ -8,8 +8,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vit_nabirds.config.fields import Lora
+from vit_nabirds.errors import ConfigError
 from vit_nabirds.models.kernels import Kernels, kernels_for
-from vit_nabirds.models.vit import VisionTransformer
+from vit_nabirds.models.vit import NO_LORA, VisionTransformer
+from vit_nabirds.parallel.sharding import gather, split_axis
+
+# What the backward pass keeps of a block, for each kind of remat; of parameters that are gathered for it, nothing.
+KEPT = {
+    "blocks": jax.checkpoint_policies.nothing_saveable,
+    "elementwise": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +30,10 @@ class Model:
     graphdef: nnx.GraphDef
     shapes: dict[str, jax.ShapeDtypeStruct]  # by path, e.g. 'encoder/layers/0/attn/query/kernel'
     kernels: Kernels
-    remat: bool  # blocks are computed again in the backward pass
+    compute_dtype: str
+    remat: str  # what of a block the backward pass computes again: "none", "elementwise" or "blocks"
+    head_stddev: float = 0.0  # of the classifier's first weights
+    lora: Lora = NO_LORA  # low-rank changes, as 'encoder/layers/0/attn/query/lora/lora_a' and '.../lora_b'
 
     @property
     def num_stages(self) -> int:
@@ -34,13 +46,22 @@ class Model:
             return 1 + int(block[1])
         return self.num_stages - 1 if path.startswith(("final_norm/", "classifier/")) else 0
 
-    def computes_again(self, number: int) -> bool:
-        """Whether the backward pass computes this stage again, which saves the memory of what is in between."""
-        return self.remat and 0 < number < self.num_stages - 1
+    def kept_of(self, number: int) -> Callable | None:
+        """What is kept of a stage for the backward pass, as a policy of `jax.checkpoint`; None: all that it needs."""
+        return KEPT.get(self.remat) if 0 < number < self.num_stages - 1 else None
 
-    def stage(self, number: int, params: dict, keys: jax.Array | None, own: dict, x: jax.Array) -> jax.Array:
-        """One stage, with `own` in place of those of all parameters."""
-        return self.bind(params | own).stage(number, x, keys)
+    def stage(
+        self, number: int, params: dict, keys: jax.Array | None, own: dict, x: jax.Array, sum_dtype: str = "float32"
+    ) -> jax.Array:
+        """One stage, with `own` in place of those of all parameters. Those of which each device has a part are put
+        together; their gradients are added up in `sum_dtype`."""
+        params, last = params | own, self.num_stages - 1
+        dtype = "float32" if number == last else self.compute_dtype
+        for path, part in params.items():
+            axis = split_axis(part, self.shapes[path].shape)
+            if axis is not None and self.stage_of(path) == number:
+                params = params | {path: gather(part, axis, dtype, sum_dtype)}
+        return self.bind(params).stage(number, x, keys)
 
     def bind(self, params: dict[str, jax.Array]) -> VisionTransformer:
         """The module with these parameters."""
@@ -56,7 +77,23 @@ class Model:
 
     def initial_params(self, seed: int) -> dict[str, jax.Array]:
         """Random float32 parameters by path. Can be traced under jit."""
-        return _by_path(VisionTransformer(**self.architecture, num_classes=self.num_classes, rngs=nnx.Rngs(seed)))
+        parts = dict(num_classes=self.num_classes, head_stddev=self.head_stddev, lora=self.lora)
+        return _by_path(VisionTransformer(**self.architecture, **parts, rngs=nnx.Rngs(seed)))
+
+    @property
+    def stored_paths(self) -> list[str]:
+        """What a checkpoint holds: all parameters, or the changes and the classifier of a model with LoRA."""
+        adapts = self.lora.rank > 0
+        return [p for p in self.shapes if not adapts or "/lora/" in p or p.startswith("classifier/")]
+
+    def merged(self, params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Parameters of the plain model that computes the same: each kernel with its change, alpha / rank * A B."""
+        plain = {path: x for path, x in params.items() if "/lora/" not in path}
+        for layer in [path.removesuffix("/lora/lora_a") for path in params if path.endswith("/lora/lora_a")]:
+            change = jnp.matmul(params[f"{layer}/lora/lora_a"], params[f"{layer}/lora/lora_b"], precision="highest")
+            kernel = plain[f"{layer}/kernel"]
+            plain[f"{layer}/kernel"] = kernel + (self.lora.alpha / self.lora.rank * change).reshape(kernel.shape)
+        return plain
 
     def jit(self, function: Callable, **options) -> Callable:
         """`jax.jit` for a function that runs the model, with the platform's compiler options."""
@@ -68,8 +105,11 @@ def describe(
     num_classes: int,
     compute_dtype: str = "float32",
     dropout_rate: float = 0.0,
-    remat: bool = False,
+    remat: str = "none",
     device: jax.Device | None = None,
+    drop_path: float = 0.0,
+    head_stddev: float = 0.0,
+    lora: Lora = NO_LORA,
 ) -> Model:
     """The model of an architecture for a device (default: the first of this process). Computes nothing."""
     width = architecture["hidden_size"] // architecture["num_heads"]
@@ -79,12 +119,21 @@ def describe(
             **architecture,
             num_classes=num_classes,
             dropout_rate=dropout_rate,
+            drop_path=drop_path,
+            lora=lora,
             dtype=jnp.dtype(compute_dtype),
             kernels=kernels,
             rngs=nnx.Rngs(0),
         )
     )
-    return Model(dict(architecture), num_classes, nnx.graphdef(module), _by_path(module), kernels, remat)
+    shapes = _by_path(module)
+    if lora.rank and not any("/lora/" in path for path in shapes):
+        raise ConfigError(
+            f"config.lora.targets {lora.targets!r} matches no layer of a block; their paths are like "
+            "encoder/layers/0/attn/query, key, value or out, and encoder/layers/0/mlp/layers/0 or 2."
+        )
+    structure = dict(architecture), num_classes, nnx.graphdef(module), shapes
+    return Model(*structure, kernels, compute_dtype, remat, head_stddev, lora)
 
 
 def _by_path(module: nnx.Module) -> dict[str, jax.Array]:

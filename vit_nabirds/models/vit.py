@@ -3,12 +3,17 @@ registers (Darcet et al., 2024). One definition; its arguments are the differenc
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from vit_nabirds.config.fields import Lora
 from vit_nabirds.models.kernels import PORTABLE, Kernels
+
+NO_LORA = Lora(rank=0)
 
 
 @jax.custom_vjp
@@ -46,6 +51,52 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
     return jnp.where(keep, x / (1 - rate), 0)
 
 
+def drop_path(branch: jax.Array, rate: float, keys: jax.Array | None, number: int) -> jax.Array:
+    """A branch (batch, tokens, hidden_size), with 0 for the share of the images that skip it and the others scaled up.
+
+    Each image draws by its own key, in which `number` is folded (stochastic depth: Huang et al., 2016).
+    """
+    if keys is None or not rate:
+        return branch
+    stays = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate))(fold(keys, number))
+    return jnp.where(stays[:, None, None], branch / (1 - rate), 0)
+
+
+class LowRank(nnx.LoRA):
+    """alpha / rank * x A B beside a layer, with the axes of its input and output (LoRA: Hu et al., 2022)."""
+
+    def __init__(self, layer: nnx.Linear | nnx.LinearGeneral, lora: Lora, rngs: nnx.Rngs):
+        kernel = layer.kernel.shape
+        self.axes, self.shape = np.size(layer.in_features), kernel[np.size(layer.in_features) :]
+        sizes = math.prod(kernel[: self.axes]), lora.rank, math.prod(self.shape)
+        # A as loralib and PEFT draw it, so that learning rates found with them serve here; B is zero.
+        draw = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        super().__init__(*sizes, dtype=layer.dtype, a_initializer=draw, lora_param_type=nnx.Param, rngs=rngs)
+        self.scale = lora.alpha / lora.rank
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch = x.shape[: x.ndim - self.axes]
+        return self.scale * super().__call__(x.reshape(*batch, -1)).reshape(*batch, *self.shape)
+
+
+class Linear(nnx.Linear):
+    """With a low-rank change of its kernel where it is given one."""
+
+    lora = None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return super().__call__(x) if self.lora is None else super().__call__(x) + self.lora(x)
+
+
+class LinearGeneral(nnx.LinearGeneral):
+    """With a low-rank change of its kernel where it is given one."""
+
+    lora = None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return super().__call__(x) if self.lora is None else super().__call__(x) + self.lora(x)
+
+
 class Attention(nnx.Module):
     """Multi-head attention of `queries` to `x`, both (batch, tokens, hidden_size), of which `num_tokens` count."""
 
@@ -63,10 +114,10 @@ class Attention(nnx.Module):
     ):
         heads = (num_heads, hidden_size // num_heads)
         options = dict(dtype=dtype, rngs=rngs)
-        self.query = nnx.LinearGeneral(hidden_size, heads, use_bias=qkv_bias, **options)
-        self.key = nnx.LinearGeneral(hidden_size, heads, use_bias=qkv_bias, **options)
-        self.value = nnx.LinearGeneral(hidden_size, heads, use_bias=qkv_bias, **options)
-        self.out = nnx.LinearGeneral(heads, hidden_size, axis=(-2, -1), **options)
+        self.query = LinearGeneral(hidden_size, heads, use_bias=qkv_bias, **options)
+        self.key = LinearGeneral(hidden_size, heads, use_bias=qkv_bias, **options)
+        self.value = LinearGeneral(hidden_size, heads, use_bias=qkv_bias, **options)
+        self.out = LinearGeneral(heads, hidden_size, axis=(-2, -1), **options)
         self.num_tokens, self.dropout_rate, self.kernels = num_tokens, dropout_rate, kernels
 
     def __call__(self, queries: jax.Array, x: jax.Array, keys: jax.Array | None = None) -> jax.Array:
@@ -83,7 +134,8 @@ class Attention(nnx.Module):
 class TransformerEncoder(nnx.Module):
     """One pre-norm block: (batch, tokens, hidden_size) -> the same shape.
 
-    `layer_scale` multiplies each branch by a learnt vector; `gated` makes the MLP a SwiGLU of width mlp_dim.
+    `layer_scale` multiplies each branch by a learnt vector; `gated` makes the MLP a SwiGLU of width mlp_dim; a share
+    `drop_path` of the images skips each branch.
     """
 
     def __init__(
@@ -98,6 +150,7 @@ class TransformerEncoder(nnx.Module):
         qkv_bias: bool = True,
         layer_scale: bool = False,
         gated: bool = False,
+        drop_path: float = 0.0,
         dtype: jnp.dtype = jnp.float32,
         kernels: Kernels = PORTABLE,
         rngs: nnx.Rngs,
@@ -107,20 +160,21 @@ class TransformerEncoder(nnx.Module):
         self.attn = Attention(hidden_size, num_heads, num_tokens, dropout_rate, **options)
         self.norm2 = nnx.LayerNorm(hidden_size, epsilon=layer_norm_eps, dtype=dtype, rngs=rngs)
         self.mlp = nnx.Sequential(
-            nnx.Linear(hidden_size, 2 * mlp_dim if gated else mlp_dim, dtype=dtype, rngs=rngs),
+            Linear(hidden_size, 2 * mlp_dim if gated else mlp_dim, dtype=dtype, rngs=rngs),
             swiglu if gated else gelu,
-            nnx.Linear(mlp_dim, hidden_size, dtype=dtype, rngs=rngs),
+            Linear(mlp_dim, hidden_size, dtype=dtype, rngs=rngs),
         )
         self.scale1 = nnx.Param(jnp.ones(hidden_size)) if layer_scale else None
         self.scale2 = nnx.Param(jnp.ones(hidden_size)) if layer_scale else None
-        self.dropout_rate, self.kernels = dropout_rate, kernels
+        self.dropout_rate, self.drop_path, self.kernels = dropout_rate, drop_path, kernels
 
     def __call__(self, x: jax.Array, tokens: int | None = None, keys: jax.Array | None = None) -> jax.Array:
         """With `tokens`, compute only the first so many, which attend to all: (batch, tokens, hidden_size)."""
 
         def add(x: jax.Array, branch: jax.Array, scale: nnx.Param | None, number: int) -> jax.Array:
             branch = branch if scale is None else branch * scale[...].astype(branch.dtype)
-            return self.kernels.keep(x + dropout(branch, self.dropout_rate, fold(keys, number)))
+            branch = dropout(branch, self.dropout_rate, fold(keys, number))
+            return self.kernels.keep(x + drop_path(branch, self.drop_path, keys, number + 2))
 
         normed = self.norm1(x)
         x = add(x[:, :tokens], self.attn(normed[:, :tokens], normed, fold(keys, 0)), self.scale1, 1)
@@ -130,9 +184,10 @@ class TransformerEncoder(nnx.Module):
 class VisionTransformer(nnx.Module):
     """Normalised images (batch, image_size, image_size, in_channels) -> float32 logits (batch, num_classes).
 
-    Its only state are float32 parameters. The call brings a key for each image, for dropout; without keys nothing is
-    dropped. The classifier sees the class token (`pool` 'cls'), or the class token and the mean of the patches
-    ('cls+mean').
+    Its only state are float32 parameters. The call brings a key for each image, for what is dropped; without keys
+    nothing is. The rate of `drop_path` rises evenly from 0 at the first block. The classifier sees the class token
+    (`pool` 'cls'), or the class token and the mean of the patches ('cls+mean'); its weights are drawn with the
+    standard deviation `head_stddev`. `lora` says which layers of the blocks have low-rank changes.
     """
 
     def __init__(
@@ -153,6 +208,9 @@ class VisionTransformer(nnx.Module):
         gated: bool = False,
         num_registers: int = 0,
         pool: str = "cls",
+        drop_path: float = 0.0,
+        head_stddev: float = 0.0,
+        lora: Lora = NO_LORA,
         dtype: jnp.dtype = jnp.float32,
         kernels: Kernels = PORTABLE,
         rngs: nnx.Rngs,
@@ -171,13 +229,19 @@ class VisionTransformer(nnx.Module):
         block = dict(layer_norm_eps=layer_norm_eps, dtype=dtype, kernels=kernels, rngs=rngs)
         block |= dict(qkv_bias=qkv_bias, layer_scale=layer_scale, gated=gated)
         shape = (hidden_size, mlp_dim, num_heads, self.num_tokens, dropout_rate)
-        self.encoder = nnx.Sequential(*[TransformerEncoder(*shape, **block) for _ in range(num_layers)])
+        rates = [drop_path * i / max(num_layers - 1, 1) for i in range(num_layers)]
+        self.encoder = nnx.Sequential(*[TransformerEncoder(*shape, **block, drop_path=rate) for rate in rates])
         self.final_norm = nnx.LayerNorm(hidden_size, epsilon=layer_norm_eps, dtype=dtype, rngs=rngs)
-        # In float32, because the loss is computed on its logits; zero, so that a new head does not disturb the rest.
+        # In float32, because the loss is computed on its logits; zero, so that a new head does not disturb the rest,
+        # unless asked otherwise.
         width = hidden_size if pool == "cls" else 2 * hidden_size
-        self.classifier = nnx.Linear(width, num_classes, kernel_init=nnx.initializers.zeros, rngs=rngs)
+        draw = nnx.initializers.normal(head_stddev) if head_stddev else nnx.initializers.zeros
+        self.classifier = nnx.Linear(width, num_classes, kernel_init=draw, rngs=rngs)
         self.num_registers, self.pool, self.dtype = num_registers, pool, dtype
         self.dropout_rate, self.kernels = dropout_rate, kernels
+        for path, layer in list(nnx.iter_modules(self)) if lora.rank else ():  # last: all other draws stay as they were
+            if isinstance(layer, Linear | LinearGeneral) and re.search(lora.targets, "/".join(map(str, path))):
+                layer.lora = LowRank(layer, lora, rngs)
 
     def __call__(self, images: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         return self.classifier(self.features(images, keys))

@@ -3,11 +3,16 @@
 import contextlib
 import functools
 import os
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from vit_nabirds.errors import ConfigError
+from vit_nabirds.parallel.launchers import tasks_of_node
+from vit_nabirds.parallel.sharding import AXES
 
 
 def split_cpu(devices: int) -> None:
@@ -18,9 +23,20 @@ def split_cpu(devices: int) -> None:
             jax.config.update("jax_num_cpu_devices", devices)
 
 
-def make_mesh() -> Mesh:
-    """All devices of all processes on the one axis `data`."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The devices (default: all of all processes) as `data` x `fsdp`, those of a process side by side.
+
+    `fsdp` -1 stands for all devices of a node. ConfigError if the devices cannot be split like that.
+    """
+    tasks = tasks_of_node() if devices is None else 1
+    devices = sorted(jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id))
+    if fsdp == -1:
+        fsdp = tasks * sum(device.process_index == devices[0].process_index for device in devices)
+    if len(devices) % fsdp:
+        raise ConfigError(
+            f"config.mesh.fsdp is {fsdp}, but there are {len(devices)} devices: choose a divisor of that."
+        )
+    return Mesh(np.array(devices).reshape(-1, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def own(mesh: Mesh) -> jax.Device:
@@ -34,7 +50,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def over_batch(mesh: Mesh) -> NamedSharding:
     """Shards the first axis."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    return NamedSharding(mesh, PartitionSpec(AXES))
 
 
 def replicate(array: np.ndarray, mesh: Mesh) -> jax.Array:
@@ -43,7 +59,7 @@ def replicate(array: np.ndarray, mesh: Mesh) -> jax.Array:
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This host's block of a batch -> arrays of the global batch, sharded on `data`."""
+    """This host's block of a batch -> arrays of the global batch, sharded over all devices."""
     sharding = over_batch(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, block) for name, block in batch.items()}
 

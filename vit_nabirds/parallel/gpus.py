@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from vit_nabirds.errors import ConfigError, UserError
 from vit_nabirds.parallel import devices, jax_internals
@@ -130,8 +129,8 @@ def stay_off_devices(cpu_devices: int) -> None:
         jax.devices()
 
 
-def mesh_of(machines: Machines) -> Mesh:
-    """Described devices on the one axis `data`: XLA compiles for them, and nothing can run on them."""
+def mesh_of(machines: Machines, fsdp: int = 1) -> Mesh:
+    """Described devices as `data` x `fsdp`: XLA compiles for them, and nothing can run on them."""
     jax_internals.assume_cudnn()
     shape = f"1x{machines.nodes}x{machines.per_node}"
     try:
@@ -142,7 +141,7 @@ def mesh_of(machines: Machines) -> Mesh:
             f"JAX's CUDA plug-in is there, but does not start ({error}): look for a wrong XLA_… variable in the "
             "environment, and for a plug-in of another version than JAX."
         ) from None
-    return _mesh(found.devices)
+    return devices.make_mesh(fsdp, found.devices)
 
 
 @contextlib.contextmanager
@@ -156,15 +155,6 @@ def _quiet() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
-
-
-def mesh_of_cpus(count: int) -> Mesh:
-    """As many CPU devices on the one axis `data`."""
-    return _mesh(jax.devices()[:count])
-
-
-def _mesh(found: list[jax.Device]) -> Mesh:
-    return Mesh(np.array(found), ("data",), axis_types=(AxisType.Auto,))
 
 
 # XLA chooses between Triton's and cuBLAS's products by trying both on the GPU.

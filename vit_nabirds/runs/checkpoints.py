@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,11 +36,12 @@ class Metadata:
     normalization: Normalization
     fingerprint: str  # of the photographs
     crop: str = "box"  # or "none": what part of the photographs the run has seen
+    base: str | None = None  # with LoRA: `base_checksum` of the weights that it changes
 
     @classmethod
     def from_json(cls, fields: dict) -> Self:
         normalization = Normalization(*(tuple(values) for values in fields["normalization"].values()))
-        fields = {"crop": "box"} | fields  # earlier versions knew nothing else
+        fields = {"crop": "box", "base": None} | fields  # earlier versions knew nothing else
         fields = {field.name: fields[field.name] for field in dataclasses.fields(cls)}
         return cls(**fields | {"config": with_defaults(fields["config"]), "normalization": normalization})
 
@@ -89,6 +92,13 @@ class Checkpoints:
     def metadata(self, step: int) -> Metadata:
         return Metadata.from_json(self._stored(step))
 
+    def paths(self, step: int, part: str) -> list[str]:
+        """Of the arrays in a part; UserError if there is no such part."""
+        arrays = self._stored(step)["arrays"]
+        if part not in arrays:
+            raise self._of_another_version(step)
+        return list(arrays[part])
+
     def restore(self, step: int, like: dict[str, dict[str, jax.ShapeDtypeStruct]]) -> dict[str, Arrays]:
         """The parts named in `like`, each array on the sharding that `like` gives it."""
         stored = self._stored(step)["arrays"]
@@ -99,9 +109,9 @@ class Checkpoints:
             parts = self._orbax.load_checkpointables(step, like)
         except (ValueError, KeyError, OSError) as error:
             raise self._unusable(step, error) from error
-        for name, part in parts.items():  # on the host: another program for each shape would have to be compiled
-            if any(stored[name][path][2] != list(map(int, _sums(np.asarray(x))[:2])) for path, x in part.items()):
-                raise self._unusable(step)
+        found = digest(parts, on_host=True)
+        if any(stored[name][path][2] != x.checksum for name, part in found.items() for path, x in part.items()):
+            raise self._unusable(step)
         return parts
 
     def close(self) -> None:
@@ -159,10 +169,15 @@ class Digest:
 Digests = dict[str, dict[str, Digest]]  # by part and path
 
 
-def digest(parts: dict[str, Arrays]) -> Digests:
-    """Of every array, computed where it lies; in the host's memory without a compiled program for each shape."""
-    on_host = all(device.platform == "cpu" for device in next(iter(parts["params"].values())).devices())
-    sums = jax.device_get(jax.tree.map((lambda x: _sums(np.asarray(x))) if on_host else _sums_on_device, parts))
+def digest(parts: dict[str, Arrays], on_host: bool = False) -> Digests:
+    """Of every array, computed where it lies; those of which this process has all `on_host`, or where that is in the
+    host's memory, without a compiled program for each shape."""
+
+    def sums_of(x: jax.Array) -> list | jax.Array:
+        near = on_host or all(device.platform == "cpu" for device in x.devices())
+        return _sums(np.asarray(x)) if near and x.is_fully_replicated else _sums_on_device(x)
+
+    sums = jax.device_get(jax.tree.map(sums_of, parts))
     return {
         name: {path: Digest([int(x[0]), int(x[1])], bool(x[2])) for path, x in part.items()}
         for name, part in sums.items()
@@ -172,8 +187,11 @@ def digest(parts: dict[str, Arrays]) -> Digests:
 def _sums(x: np.ndarray | jax.Array) -> list:
     """Sum and weighted sum of the bits, and whether every value is finite; NumPy and JAX give the same."""
     xp = x.__array_namespace__()
-    bits = x.ravel().view(f"uint{8 * x.dtype.itemsize}").astype("uint32")
-    odd = 2 * xp.arange(bits.size, dtype="uint32") + 1
+    bits = x.view(f"uint{8 * x.dtype.itemsize}").astype("uint32")
+    odd = xp.ones((), "uint32")  # 1, 3, 5, ... in the order of the elements, but without a reshape: x may be split
+    for axis, length in enumerate(x.shape):
+        sides = [length if other == axis else 1 for other in range(x.ndim)]
+        odd = odd + xp.arange(length, dtype="uint32").reshape(sides) * np.uint32(2 * math.prod(x.shape[axis + 1 :]))
     with np.errstate(over="ignore", invalid="ignore"):  # the answer says so
         return [xp.sum(bits, dtype="uint32"), xp.sum(bits * odd, dtype="uint32"), xp.isfinite(xp.sum(x))]
 
@@ -181,6 +199,19 @@ def _sums(x: np.ndarray | jax.Array) -> list:
 @jax.jit
 def _sums_on_device(x: jax.Array) -> jax.Array:
     return jnp.stack([value.astype(jnp.uint32) for value in _sums(x)])
+
+
+def base_checksum(params: Mapping[str, np.ndarray | jax.Array]) -> str:
+    """Of float32 parameters by path, as far as low-rank changes lie on top of them.
+
+    Not of the classifier, which is trained, nor of positions: where they are resized, machines may round differently.
+    """
+    found = hashlib.sha256()
+    for path in sorted(params):
+        if path != "position_embeddings" and not path.startswith("classifier/") and "/lora/" not in path:
+            found.update(path.encode())
+            found.update(np.ascontiguousarray(params[path]))
+    return found.hexdigest()[:16]
 
 
 def _described(array: jax.Array | jax.ShapeDtypeStruct, found: Digest | None = None) -> list:

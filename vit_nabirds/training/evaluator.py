@@ -21,7 +21,7 @@ class Evaluator:
     ) -> None:
         self._run, self._tracker, self._checkpoints = run, tracker, checkpoints
         self._stop, self._is_writer = stop, is_writer
-        eval_step = make_eval_step(run.model, run.metadata.normalization, run.mesh)
+        eval_step = make_eval_step(run.model, run.metadata.normalization, run.mesh, run.config.evaluate.views)
         splits = {"val": run.validation_split, "test": run.test_split}
         self._scorers = {
             name: Scorer(
@@ -39,7 +39,7 @@ class Evaluator:
     def run(self, step: int, state: TrainState) -> bool:
         """Score the state of a step that has a checkpoint; False if a request to stop came first."""
         selection, split = self._run.selection, "val" if "val" in self._scorers else "test"
-        scores = self._scorers[split].score(state.params, self._stop)
+        scores = self._scorers[split].score(state.evaluated, self._stop)
         if scores:
             self._newest = (step, scores) if split == "test" else (0, None)
             self._tracker.scalars(step, scores.named(split))
@@ -61,7 +61,8 @@ class Evaluator:
                 continue
             newest, scores = self._newest
             if newest != step:
-                if (scores := self._scorers["test"].score(self._params(step), self._stop)) is None:
+                params = run.evaluated(self._checkpoints, step)
+                if (scores := self._scorers["test"].score(params, self._stop)) is None:
                     return None
                 self._tracker.scalars(step, scores.named("test"))
             selection.tests[step] = scores.as_json()
@@ -80,11 +81,9 @@ class Evaluator:
         selection = self._run.selection
         for step in [step for step in selection.unknown if selection.metric]:
             if step not in selection.evaluations:
-                if (scores := self._scorers["val"].score(self._params(step), self._stop)) is None:
+                params = self._run.evaluated(self._checkpoints, step)
+                if (scores := self._scorers["val"].score(params, self._stop)) is None:
                     return False
                 selection.evaluations[step] = scores.named("val")
             selection.unknown.remove(step)
         return True
-
-    def _params(self, step: int) -> dict:
-        return self._checkpoints.restore(step, {"params": self._run.state_shapes().params})["params"]

@@ -16,21 +16,26 @@ import polars as pl
 from vit_nabirds.config import Config
 from vit_nabirds.config.fields import SHAPE, differences, flat
 from vit_nabirds.config.plan import Plan
-from vit_nabirds.data.batches import check_workers, train_batches
+from vit_nabirds.data.batches import check_repeats, check_workers, train_batches
 from vit_nabirds.data.photographs import Photographs, check_labels, check_sizes, open_split
 from vit_nabirds.data.table import class_differences, class_names, fingerprint, read_table, settings_of
 from vit_nabirds.data.taxonomy import Taxonomy, read_taxonomy
 from vit_nabirds.data.unread import Unread
 from vit_nabirds.errors import ConfigError, UserError
 from vit_nabirds.models.model import Model, describe
-from vit_nabirds.models.pretrained.checkpoint import Checkpoint, starting_point
-from vit_nabirds.parallel import devices
+from vit_nabirds.models.pretrained.checkpoint import Checkpoint
+from vit_nabirds.parallel import devices, sharding
 from vit_nabirds.parallel.group import ProcessGroup
-from vit_nabirds.recipe.optimizer import make_optimizer, make_schedule, trainable_paths
-from vit_nabirds.runs.checkpoints import Checkpoints, Metadata, existing, placed
+from vit_nabirds.recipe.loss import make_loss
+from vit_nabirds.recipe.optimizer import make_optimizer, make_schedule
+from vit_nabirds.recipe.rules import Rule, parameter_rules, trained_paths
+from vit_nabirds.runs.checkpoints import Checkpoints, Metadata, base_checksum, existing, placed
+from vit_nabirds.runs.loading import base_params
 from vit_nabirds.runs.selection import Selection, metric_of
+from vit_nabirds.runs.start import starting_point
+from vit_nabirds.training.microbatch import bytes_of, largest_that_fits, memory_of
 from vit_nabirds.training.state import TrainState
-from vit_nabirds.training.step import make_train_step
+from vit_nabirds.training.step import is_mixed, make_train_step
 
 log = logging.getLogger("vit_nabirds")
 
@@ -51,9 +56,10 @@ class Run:
     model: Model
     metadata: Metadata
     pretrained: Checkpoint | None  # weights to start from
-    trainable: list[str]  # parameter paths
+    rules: dict[str, Rule]  # of the parameters, by path
+    trainable: list[str]  # paths of the parameters that are
     tx: optax.GradientTransformation
-    train_step: Callable  # jitted
+    make_step: Callable[[int], Callable]  # microbatch -> jitted step
     saved_steps: list[int]  # of the checkpoints in the workdir
     selection: Selection
 
@@ -61,6 +67,11 @@ class Run:
     def start(self) -> int:
         """The step to go on from: 0, or that of the newest checkpoint."""
         return max(self.saved_steps, default=0)
+
+    @property
+    def saved(self) -> list[str]:
+        """Paths of the parameters in checkpoints: all, or those beside the base of LoRA."""
+        return self.model.stored_paths
 
     @property
     def has_converged(self) -> bool:
@@ -82,8 +93,10 @@ class Run:
 
     def state_shapes(self) -> TrainState:
         """The state with a shape, a dtype and a sharding in place of each array."""
-        shapes = jax.eval_shape(lambda params: TrainState.initial(params, self.tx, self.trainable), self.model.shapes)
-        return placed(shapes, devices.replicated(self.mesh))
+        return sharding.laid_out(jax.eval_shape(self._initial, self.model.shapes), self.mesh)
+
+    def _initial(self, params: dict[str, jax.Array]) -> TrainState:
+        return TrainState.initial(params, self.tx, self.trainable, averages=self.config.ema_decay > 0)
 
     def batch_shapes(self, batch_size: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
         """The same of a global batch, of the configuration's size or another."""
@@ -92,24 +105,35 @@ class Run:
         number = jax.ShapeDtypeStruct((batch,), np.int32)
         return placed({"image": image, "label": number, "row": number}, devices.over_batch(self.mesh))
 
-    def trace_step(self, batch_size: int | None = None) -> jax.stages.Traced:
+    def trace_step(self, batch_size: int | None = None, microbatch: int | None = None) -> jax.stages.Traced:
         """The training step as JAX sees it: (state, batch) -> (state, metrics)."""
-        return self.train_step.trace(self.state_shapes(), self.batch_shapes(batch_size))
+        microbatch = max(0, self.config.microbatch) if microbatch is None else microbatch
+        return self.make_step(microbatch).trace(self.state_shapes(), self.batch_shapes(batch_size))
 
     def compile_step(self, traced: jax.stages.Traced | None = None, options: dict | None = None) -> jax.stages.Compiled:
-        """The same, compiled. Takes seconds to minutes."""
+        """The same, compiled, which takes seconds to minutes; with microbatch -1 for one size after another."""
+        if traced or self.config.microbatch != -1:
+            return self._compile(traced or self.trace_step(), options)
+        compiled = functools.cache(lambda microbatch: self._compile(self.trace_step(None, microbatch), options))
+        share, available = self.config.batch_size // self.mesh.size, memory_of(devices.own(self.mesh))
+        found = largest_that_fits(share, lambda size: bytes_of(compiled(size)), available, is_mixed(self.config))
+        log.info("microbatch %d: of %d images a device works on so many at once", found or share, share)
+        return compiled(found)
+
+    def _compile(self, traced: jax.stages.Traced, options: dict | None) -> jax.stages.Compiled:
         log.info("compiling the training step for %d device(s)", self.mesh.size)
         started = time.monotonic()
-        compiled = (traced or self.trace_step()).lower().compile(compiler_options=options)
+        compiled = traced.lower().compile(compiler_options=options)
         log.info("compiled in %.1f s", time.monotonic() - started)
         return compiled
 
     def pretrained_params(self) -> dict[str, jax.Array]:
-        """Those parameters by path that a new run does not draw at random; UserError if they are not finite."""
-        if self.pretrained is None:
-            return {}
-        place = functools.partial(devices.replicate, mesh=self.mesh)
-        return self.pretrained.load(self.model.architecture, self.metadata.species, place)
+        """Those parameters by path that a run does not draw at random or find in its checkpoint; UserError if they are
+        not finite, or not those that a LoRA run started from."""
+        place = functools.partial(sharding.spread, mesh=self.mesh)
+        if self.pretrained is not None:
+            return self.pretrained.load(self.model.architecture, self.metadata.species, place)
+        return jax.tree.map(place, base_params(self.metadata)) if self.config.lora.rank else {}
 
     def check_pretrained(self) -> None:
         """UserError if weights that a new run starts from are not finite. They stay on the host."""
@@ -120,15 +144,23 @@ class Run:
         """The state of a new run before its first step."""
 
         def initial(loaded: dict[str, jax.Array]) -> TrainState:
-            params = self.model.initial_params(self.config.seed) | loaded
-            return TrainState.initial(params, self.tx, self.trainable)
+            return self._initial(self.model.initial_params(self.config.seed) | loaded)
 
-        return jax.jit(initial, out_shardings=devices.replicated(self.mesh))(pretrained_params)
+        layout = sharding.layout(self.state_shapes(), self.mesh)
+        return jax.jit(initial, out_shardings=layout)(pretrained_params)
 
-    def restore(self, checkpoints: Checkpoints) -> TrainState:
-        """The state of the newest checkpoint, on this run's devices."""
+    def restore(self, checkpoints: Checkpoints, pretrained_params: dict[str, jax.Array]) -> TrainState:
+        """The state of the newest checkpoint, on this run's devices; what checkpoints leave out is pretrained."""
         like = self.state_shapes()
-        return like.with_parts(checkpoints.restore(self.start, like.parts()))
+        state = like.with_parts(checkpoints.restore(self.start, like.parts(self.saved)))
+        return dataclasses.replace(state, params=pretrained_params | {path: state.params[path] for path in self.saved})
+
+    def evaluated(self, checkpoints: Checkpoints, step: int) -> dict[str, jax.Array]:
+        """The parameters of a checkpoint that are evaluated, by path."""
+        like = self.state_shapes().parts(self.saved)
+        parts = checkpoints.restore(step, {name: part for name, part in like.items() if name != "training"})
+        base = self.pretrained_params() if self.config.lora.rank else {}
+        return base | parts["params"] | parts.get("ema", {})
 
     def batches(self) -> Iterator[dict[str, np.ndarray]]:
         """This host's block of each global batch from the run's first step on: dicts of NumPy arrays."""
@@ -136,7 +168,7 @@ class Run:
         config, unread = self.config, Unread(self.train_split, self.config.data.tolerated)
         batches = train_batches(
             self.train_split, config.batch_size, config.seed, self.start, config.data.workers, shard,
-            unread.are_tolerated,
+            unread.are_tolerated, config.data.sampling, config.data.repeats,
         )  # fmt: skip
         return unread.watch(batches)
 
@@ -148,8 +180,8 @@ def prepare_run(config: Config, workdir: Path, group: ProcessGroup, mesh: jax.sh
     """
     check_workers(config.data.workers)
     devices.split_cpu(config.cpu_devices)
-    mesh = mesh or devices.make_mesh()
-    check_batch_size(config.batch_size, mesh.size)
+    mesh = mesh or devices.make_mesh(config.mesh.fsdp)
+    check_batch_size(config, mesh.size)
 
     root = Path(config.data.root)
     table = read_table(root, config.data.label, config.data.validation)
@@ -159,14 +191,16 @@ def prepare_run(config: Config, workdir: Path, group: ProcessGroup, mesh: jax.sh
 
     _check_workdir(workdir)
     saved_steps, saved = existing(workdir / "checkpoints")
-    with group.writer_first("pretrained weights"):  # which it may fetch from the Hub
-        if saved:
-            architecture, normalization, pretrained = saved.architecture, saved.normalization, None
-        else:
-            architecture, normalization, pretrained = starting_point(config)
+    if saved:
+        architecture, normalization, pretrained = saved.architecture, saved.normalization, None
+    else:
+        architecture, normalization, pretrained = starting_point(config, group)
     config = _resolved(config, architecture, saved)
     classes, crop = class_names(table), settings_of(root).get("crop", "box")
-    metadata = Metadata(config.to_dict(), architecture, classes, normalization, fingerprint(root, table), crop)
+    base = saved.base if saved else None
+    if config.lora.rank and pretrained:
+        base = base_checksum(pretrained.load(architecture, classes, np.asarray))
+    metadata = Metadata(config.to_dict(), architecture, classes, normalization, fingerprint(root, table), crop, base)
     if saved:
         _check_same_run(saved, metadata, config, workdir)
     for split in (train_split, test_split):
@@ -175,31 +209,45 @@ def prepare_run(config: Config, workdir: Path, group: ProcessGroup, mesh: jax.sh
 
     model = describe(
         architecture, len(classes), config.compute_dtype, config.model.dropout_rate, config.remat,
-        device=devices.own(mesh),
+        device=devices.own(mesh), drop_path=config.model.drop_path, head_stddev=config.model.head_stddev,
+        lora=config.lora,
     )  # fmt: skip
-    trainable = trainable_paths(list(model.shapes), config.trainable)
-    schedule = make_schedule(config, plan)
-    tx = make_optimizer(config, schedule)
-    train_step = make_train_step(
-        model, tx, schedule, trainable, normalization, config.seed, mesh, config.gradient_dtype
-    )
+    rules = parameter_rules(config, model)
+    trainable, schedule = trained_paths(rules), make_schedule(config, plan)
+    tx = make_optimizer(config, schedule, rules)
+    loss_fn = make_loss(config.loss, np.bincount(train_split.labels, minlength=len(classes)))
+    make_step = functools.partial(
+        make_train_step, config, model, tx, schedule, trainable, loss_fn, normalization, mesh
+    )  # fmt: skip
     selection = Selection.read(workdir, saved_steps, metric_of(config))
     run = Run(
         config, plan, workdir, mesh, table, train_split, validation_split, test_split, read_taxonomy(root, table),
-        model, metadata, pretrained, trainable, tx, train_step, saved_steps, selection,
+        model, metadata, pretrained, rules, trainable, tx, make_step, saved_steps, selection,
     )  # fmt: skip
     selection.forget_after(run.start)
     _check_agreement(run, group)
     return run
 
 
-def check_batch_size(batch_size: int, num_devices: int) -> None:
-    """ConfigError if the devices cannot share a batch equally."""
-    if batch_size % num_devices:
+def check_batch_size(config: Config, num_devices: int) -> None:
+    """ConfigError if the devices cannot share a batch equally, or work on their shares as the configuration asks."""
+    batch_size, microbatch, (share, rest) = config.batch_size, config.microbatch, divmod(config.batch_size, num_devices)
+    if rest:
         raise ConfigError(
             f"config.batch_size is {batch_size}, which {num_devices} devices cannot share equally: choose a multiple "
             f"of {num_devices}."
         )
+    if microbatch > 0 and share % microbatch:
+        raise ConfigError(
+            f"config.microbatch is {microbatch}, which does not divide the {share} images of a device "
+            f"(config.batch_size / {num_devices}): choose a divisor of {share}."
+        )
+    if is_mixed(config) and (share % 2 or microbatch > 0 and microbatch % 2):
+        raise ConfigError(
+            f"config.augment mixes images in pairs, but a device works on {microbatch if microbatch > 0 else share} at "
+            "once: choose config.batch_size and config.microbatch so that it is an even number."
+        )
+    check_repeats(batch_size, config.data.repeats)
 
 
 def _resolved(config: Config, architecture: dict, saved: Metadata | None) -> Config:
@@ -212,8 +260,10 @@ def _resolved(config: Config, architecture: dict, saved: Metadata | None) -> Con
             f"config.{wrong[0]} is {given[wrong[0]]}, but {config.model.pretrained} has {values[wrong[0]]}: leave it "
             "out, or empty config.model.pretrained for random weights."
         )
-    if saved:  # the weights that the run started from
+    if saved and not config.lora.rank:  # the weights that the run started from; those of LoRA may have been moved
         given["model.pretrained"] = saved.config["model"]["pretrained"]
+    elif (folder := Path(config.model.pretrained).expanduser()).is_dir() and config.model.pretrained:
+        given["model.pretrained"] = str(folder.resolve())
     return config.replace(values | given | {"data.root": str(Path(config.data.root).resolve())})
 
 
@@ -256,6 +306,7 @@ def _check_agreement(run: Run, group: ProcessGroup) -> None:
             "selection.json": run.selection.checksum,
             "devices": jax.local_device_count(),
             "attention": run.model.kernels.attention.__name__,
+            "memory": memory_of(devices.own(run.mesh)) if run.config.microbatch == -1 else None,
         },
         f"All nodes must see the same data and the same {run.workdir}, and have equally many devices of one kind.",
     )

@@ -13,7 +13,7 @@ class Saver:
     """Saves states as checkpoints of a run."""
 
     def __init__(self, run: Run, checkpoints: Checkpoints, is_writer: bool) -> None:
-        self._metadata, self._checkpoints = run.metadata, checkpoints
+        self._metadata, self._saved, self._checkpoints = run.metadata, run.saved, checkpoints
         self._seconds = run.plan.save_seconds if is_writer else None  # one clock for all processes
         self._saved_at = time.monotonic()
 
@@ -23,7 +23,7 @@ class Saver:
 
     def save(self, step: int, state: TrainState) -> None:
         """Copy the state off the devices; it is written in the background. UserError if it is not finite."""
-        parts = state.parts()
+        parts = state.parts(self._saved)
         digests = digest(parts)
         if not all(found.is_finite for found in digests["params"].values()):
             raise UserError(f"the parameters after step {step} are not finite: {DIVERGED}")

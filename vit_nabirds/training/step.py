@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
+from vit_nabirds.config import Config
 from vit_nabirds.models.model import Model
 from vit_nabirds.models.normalization import Normalization, zscore
-from vit_nabirds.recipe.augmentation import augment
-from vit_nabirds.recipe.loss import cross_entropy
-from vit_nabirds.training.gradients import loss_and_gradients
+from vit_nabirds.parallel.sharding import AXES, layout, spec_of
+from vit_nabirds.recipe.augmentation import augment, image_keys
+from vit_nabirds.recipe.averages import ema
+from vit_nabirds.recipe.mixing import mix
+from vit_nabirds.training.gradients import LossFn, loss_and_gradients, mean_over_devices, mean_over_parts
 from vit_nabirds.training.state import TrainState
 
 
@@ -30,29 +33,50 @@ def checksum(rows: jax.Array) -> jax.Array:
 
 
 def make_train_step(
+    config: Config,
     model: Model,
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
     trainable: list[str],
+    loss_fn: LossFn,
     normalization: Normalization,
-    seed: int,
     mesh: jax.sharding.Mesh,
-    gradient_dtype: str = "float32",
+    microbatch: int = 0,
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
-    """Jitted (state, batch) -> (state, metrics). The state is donated; metrics are means over the global batch."""
-    crop = model.architecture["image_size"]
+    """Jitted (state, batch) -> (state, metrics). The state is donated; metrics are means over the global batch.
+
+    With `microbatch`, each device works on so many of its images at once.
+    """
+    add_up = functools.partial(mean_over_devices, model, config.gradient_dtype)
+    specs = {path: spec_of(x.shape, mesh.shape["fsdp"]) for path, x in model.shapes.items()}
+
+    def on_device(params: dict, step: jax.Array, images: jax.Array, labels: jax.Array) -> tuple:
+        """Loss, metrics and gradients of the global batch, of which this device has a part."""
+        positions = jax.lax.axis_index(AXES) * len(images) + jnp.arange(len(images))
+
+        def of_part(images: jax.Array, labels: jax.Array, positions: jax.Array, add_up: Callable = dict) -> tuple:
+            images, targets = augmented(config, model, step, images, labels, positions)
+            images, keys = zscore(images, normalization), image_keys(step_keys(config.seed, step)[1], positions)
+            return loss_and_gradients(
+                model, loss_fn, trainable, add_up, config.gradient_dtype, params, images, targets, keys
+            )
+
+        if microbatch in (0, len(images)):
+            loss, metrics, gradients = of_part(images, labels, positions, add_up)
+        else:
+            count = len(images) // microbatch
+            loss, metrics, gradients = mean_over_parts(of_part, (images, labels, positions), count)
+            gradients = add_up(gradients)
+        return *jax.lax.pmean((loss, metrics), AXES), gradients
+
     gradients_of = jax.shard_map(
-        functools.partial(loss_and_gradients, model, cross_entropy, trainable, axis="data", dtype=gradient_dtype),
-        mesh=mesh, in_specs=(P(), P("data"), P("data"), P("data")), out_specs=P(),
+        on_device, mesh=mesh, in_specs=(specs, P(), P(AXES), P(AXES)),
+        out_specs=(P(), P(), {path: specs[path] for path in trainable}),
         check_vma=False,  # it takes what a barrier returns for different on each device
     )  # fmt: skip
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        augment_key, dropout_key = step_keys(seed, state.step)
-        images = zscore(augment(batch["image"], augment_key, crop), normalization)
-        # One for each image, by its place in the global batch: the same on any number of devices.
-        keys = jax.vmap(functools.partial(jax.random.fold_in, dropout_key))(jnp.arange(len(images)))
-        loss, metrics, gradients = gradients_of(state.params, images, batch["label"], keys)
+        loss, metrics, gradients = gradients_of(state.params, state.step, batch["image"], batch["label"])
         params = {path: state.params[path] for path in trainable}
         updates, opt_state = tx.update(gradients, state.opt_state, params)
         metrics |= {
@@ -61,7 +85,27 @@ def make_train_step(
             "train/gradient_norm": optax.tree.norm(gradients),
             "records": checksum(batch["row"]),
         }
-        params = state.params | optax.apply_updates(params, updates)
-        return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
+        params = optax.apply_updates(params, updates)
+        average = ema(state.ema, params, config.ema_decay, state.step) if config.ema_decay else None
+        state = dataclasses.replace(
+            state, step=state.step + 1, params=state.params | params, opt_state=opt_state, ema=average
+        )
+        return jax.lax.with_sharding_constraint(state, layout(state, mesh)), metrics
 
     return model.jit(train_step, donate_argnums=0)
+
+
+def augmented(
+    config: Config, model: Model, step: jax.Array, images: jax.Array, labels: jax.Array, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """What a model sees in a step of the uint8 images and labels at these positions of the global batch: float32 images
+    in [0, 1], and targets (the labels, or shares of all classes where images are mixed)."""
+    settings, keys = config.augment, image_keys(step_keys(config.seed, step)[0], positions)
+    images = augment(images, keys, model.architecture["image_size"], settings)
+    if not is_mixed(config):
+        return images, labels
+    return mix(images, jax.nn.one_hot(labels, model.num_classes), keys, settings)
+
+
+def is_mixed(config: Config) -> bool:
+    return config.augment.mixup > 0 or config.augment.cutmix > 0

@@ -1,6 +1,7 @@
 """A whole training: set up, run, report."""
 
 import contextlib
+import functools
 import json
 import logging
 import time
@@ -8,7 +9,6 @@ from pathlib import Path
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
 import polars as pl
 
@@ -21,7 +21,7 @@ from vit_nabirds.errors import ConfigError, UserError
 from vit_nabirds.parallel.group import ProcessGroup
 from vit_nabirds.parallel.locks import lock
 from vit_nabirds.parallel.preemption import EXIT_STOPPED, StopRequest
-from vit_nabirds.recipe.augmentation import augment
+from vit_nabirds.recipe.rules import describe_rules
 from vit_nabirds.runs.checkpoints import Checkpoints
 from vit_nabirds.runs.compiled import keep_compiled
 from vit_nabirds.runs.files import write_json
@@ -32,7 +32,7 @@ from vit_nabirds.training.loop import fit
 from vit_nabirds.training.reporter import Reporter
 from vit_nabirds.training.run import Run, prepare_run
 from vit_nabirds.training.saver import Saver
-from vit_nabirds.training.step import step_keys
+from vit_nabirds.training.step import augmented
 from vit_nabirds.training.tracer import Tracer
 
 log = logging.getLogger("vit_nabirds")
@@ -70,7 +70,7 @@ def train(config: Config, workdir: Path, group: ProcessGroup) -> int:
             run.selection.write()
         keep_compiled(workdir / "compiled", group.is_writer)
         checkpoints.keep = run.selection.keep(checkpoints.steps)
-        state = run.restore(checkpoints) if run.saved_steps else run.first_state(loaded)
+        state = run.restore(checkpoints, loaded) if run.saved_steps else run.first_state(loaded)
         del loaded
         tracker = stack.enter_context(contextlib.closing(Tracker(workdir, run.plan, run.start, group.is_writer)))
         introduce(run, tracker, group)
@@ -126,18 +126,23 @@ def introduce(run: Run, tracker: Tracker, group: ProcessGroup) -> None:
         log.warning("%d photographs were left out when the data were prepared: %s", left_out, root / SKIPPED)
     if run.validation_split and (missing := run.model.num_classes - len(np.unique(run.validation_split.labels))):
         log.warning("%d of the classes have no validation photograph (docs/data.md says why)", missing)
+    for line in describe_rules(run.rules, shapes):
+        log.info("  %s", line)
     tracker.text("config", f"```\n{json.dumps(run.metadata.config, indent=2)}\n```")
     if group.is_writer and run.start < plan.total_steps:
         # The first 16 or so of the global batch, as one of many hosts would read them.
         shard = grain.sharding.ShardOptions(0, max(1, config.batch_size // 16))
         batch = train_block(
-            run.train_split, config.batch_size, config.seed, run.start, shard, config.data.tolerated is not None
+            run.train_split, config.batch_size, config.seed, run.start, shard, config.data.tolerated is not None,
+            config.data.sampling, config.data.repeats,
+        )  # fmt: skip
+        count = 2 * (len(batch["row"]) // 2) or 1  # images are mixed in pairs
+        shown, _ = jax.jit(functools.partial(augmented, config, run.model))(
+            run.start, batch["image"][:count], batch["label"][:count], np.arange(count)
         )
-        key = step_keys(config.seed, run.start)[0]
-        shown = jax.jit(augment, static_argnums=2)(
-            jnp.asarray(batch["image"]), key, run.model.architecture["image_size"]
+        captions = (
+            run.table[batch["row"][:count].tolist()].select("class_name", pl.col("photographer").fill_null("")).rows()
         )
-        captions = run.table[batch["row"].tolist()].select("class_name", pl.col("photographer").fill_null("")).rows()
         tracker.images("train/augmented", run.start, np.asarray(shown), captions)
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 
-from vit_nabirds.config.fields import SHAPE
-from vit_nabirds.errors import ConfigError, UserError
+from vit_nabirds.errors import UserError
 from vit_nabirds.models.normalization import Normalization
 from vit_nabirds.models.pretrained import processor
 from vit_nabirds.models.pretrained.hf_config import architecture_of, read_config, read_json
@@ -73,29 +72,6 @@ class Checkpoint:
         if self.pads_to_square:
             return processor.padding_to_square(size, self.normalization)
         return processor.preprocessing(self.folder, size)
-
-
-def starting_point(config) -> tuple[dict, Normalization, Checkpoint | None]:
-    """Arguments of `VisionTransformer`, normalisation, and the checkpoint with the weights (None: random ones)."""
-    wanted = config.model
-    if wanted.pretrained:
-        checkpoint = open_checkpoint(wanted.pretrained)
-        chosen = {"image_size": wanted.image_size or checkpoint.image_size}
-        chosen["pool"] = wanted.pool or checkpoint.architecture["pool"]
-        if chosen["image_size"] % (patch_size := checkpoint.architecture["patch_size"]):
-            raise ConfigError(f"config.model.image_size is {chosen['image_size']}: choose a multiple of {patch_size}.")
-        return checkpoint.architecture | chosen, checkpoint.normalization, checkpoint
-    architecture = {field: getattr(wanted, field) for field in SHAPE}
-    if missing := [field for field, value in architecture.items() if value is None]:
-        raise ConfigError(
-            f"config.model.{missing[0]} is not set: a model with random weights needs it (or name a checkpoint in "
-            "config.model.pretrained)."
-        )
-    for field, divisor in {"image_size": "patch_size", "hidden_size": "num_heads"}.items():
-        value, unit = architecture[field], architecture[divisor]
-        if value % unit:
-            raise ConfigError(f"config.model.{field} is {value}: choose a multiple of {divisor}, which is {unit}.")
-    return architecture | {"pool": wanted.pool or "cls"}, Normalization(), None
 
 
 def open_checkpoint(name: str) -> Checkpoint:

@@ -1,0 +1,36 @@
+"""How many images a device works on at once, where the configuration leaves it to the program."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+
+def largest_that_fits(share: int, used_with: Callable[[int], int], available: int, pairs: bool = False) -> int:
+    """0, for all of a device's `share` of images at once, if the bytes `used_with(0)` are available; else the largest
+    power of two below that divides the share and fits, or the smallest one (2 where `pairs` must stay together)."""
+    if used_with(0) <= available:
+        return 0
+    sizes = [size for power in range(share.bit_length()) if share % (size := 2**power) == 0 and size < share]
+    sizes = sizes[1:] if pairs else sizes
+    for size in reversed(sizes):
+        if used_with(size) <= available:
+            return size
+    return sizes[0] if sizes else 0
+
+
+def bytes_of(compiled: jax.stages.Compiled) -> int:
+    """What a program needs of a device's memory while it runs, its arguments included."""
+    m = compiled.memory_analysis()
+    return m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+
+
+def memory_of(device: jax.Device) -> int:
+    """Bytes that a program can have on a device: what JAX set aside on a GPU; of a CPU's, an equal share for each."""
+    if stats := device.memory_stats():
+        return stats["bytes_limit"]
+    limit = Path("/sys/fs/cgroup/memory.max")
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    allowed = limit.read_text().strip() if limit.exists() else "max"
+    return (machine if allowed == "max" else min(machine, int(allowed))) // jax.local_device_count()
