@@ -53,7 +53,7 @@ PartitionName=high Nodes=ALL PriorityTier=2 PreemptMode=OFF MaxTime=INFINITE Sta
 
 
 REPOSITORY = Path(__file__).parents[2]
-TINY = f"--config={REPOSITORY / 'tests' / 'tiny_config.py'}"
+TINY, EVERYTHING = (f"--config={REPOSITORY / 'tests' / name}_config.py" for name in ("tiny", "everything"))
 # One device for each task, and programs that are compiled fast rather than well.
 XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 

@@ -1,7 +1,7 @@
 """The same run on any number of nodes and processes."""
 
 import pytest
-from real_slurm import TINY, last_step, wait_until
+from real_slurm import EVERYTHING, TINY, last_step, wait_until
 from tiny_runs import read_evaluations
 
 from vit_nabirds.runs.metrics import read_metrics
@@ -66,3 +66,28 @@ def test_a_run_moves_from_2x2_to_1x4_4x1_and_1x1_processes_and_devices(slurm, on
     assert_same(trace(workdir), trace(one_process))
     evaluations = read_evaluations(workdir / "metrics.jsonl")
     assert [evaluation["val/examples"] for evaluation in evaluations.values()] == [8] * 6
+
+
+def test_all_parts_of_the_recipe_at_once_go_on_after_a_preemption_and_on_another_layout(slurm, prepared, tmp_path):
+    """Four processes, of which two share a copy of the parameters, and each works on two of its four images at once."""
+
+    def start(name, tasks, *flags):
+        resources = ["--nodes=2", f"--ntasks-per-node={tasks}", "--cpus-per-task=1", "--no-requeue"]
+        training = [EVERYTHING, f"--config.data.root={prepared}", f"--workdir={tmp_path / name}", *flags]
+        training += ["--config.batch_size=16", "--config.epochs=16", "--config.optimizer.learning_rate=1e-4"]
+        return slurm.submit("launch/train.sbatch", *resources, f"--output={tmp_path / name}.log", "--", *training)
+
+    job = start("whole", 2)
+    assert job.wait(300) == "COMPLETED", job.log()
+    whole = trace(tmp_path / "whole")
+    for name, tasks, flags in [("same", 2, []), ("moved", 1, ["--config.mesh.fsdp=1", "--config.cpu_devices=2"])]:
+        job = start(name, 2)
+        wait_until(lambda: last_step(tmp_path / name) > 10, 300, job.log)  # noqa: B023
+        slurm.run("scancel", "--signal=TERM", job.number)
+        job.wait(300)
+        assert 10 < last_step(tmp_path / name) < 40
+        job = start(name, tasks, *flags)
+        assert job.wait(300) == "COMPLETED", job.log()
+        if name == "same":
+            assert trace(tmp_path / name) == whole  # bit for bit
+        assert_same(trace(tmp_path / name), whole)

@@ -56,7 +56,7 @@ def audit_of(run: Run, options: dict | None, available: int) -> tuple[Audit, int
     microbatch = run.config.microbatch
     if microbatch == -1:
         share = run.config.batch_size // run.mesh.size
-        microbatch = largest_that_fits(share, lambda size: audits(size).used, available, is_mixed(run.config))
+        microbatch = largest_that_fits(share, lambda size: audits(size).used <= available, is_mixed(run.config))
     return audits(microbatch), microbatch
 
 

@@ -7,15 +7,15 @@ from pathlib import Path
 import jax
 
 
-def largest_that_fits(share: int, used_with: Callable[[int], int], available: int, pairs: bool = False) -> int:
-    """0, for all of a device's `share` of images at once, if the bytes `used_with(0)` are available; else the largest
-    power of two below that divides the share and fits, or the smallest one (2 where `pairs` must stay together)."""
-    if used_with(0) <= available:
+def largest_that_fits(share: int, fits: Callable[[int], bool], pairs: bool = False) -> int:
+    """0, for all of a device's `share` of images at once, if that fits; else the largest power of two that divides the
+    share and fits, or the smallest one (2 where `pairs` must stay together)."""
+    if fits(0):
         return 0
     sizes = [size for power in range(share.bit_length()) if share % (size := 2**power) == 0 and size < share]
     sizes = sizes[1:] if pairs else sizes
     for size in reversed(sizes):
-        if used_with(size) <= available:
+        if fits(size):
             return size
     return sizes[0] if sizes else 0
 

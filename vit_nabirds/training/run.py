@@ -116,7 +116,12 @@ class Run:
             return self._compile(traced or self.trace_step(), options)
         compiled = functools.cache(lambda microbatch: self._compile(self.trace_step(None, microbatch), options))
         share, available = self.config.batch_size // self.mesh.size, memory_of(devices.own(self.mesh))
-        found = largest_that_fits(share, lambda size: bytes_of(compiled(size)), available, is_mixed(self.config))
+
+        def fits(microbatch: int) -> bool:
+            """On the devices of all processes."""
+            return not np.asarray(devices.any_process(self.mesh, bytes_of(compiled(microbatch)) > available))[0]
+
+        found = largest_that_fits(share, fits, is_mixed(self.config))
         log.info("microbatch %d: of %d images a device works on so many at once", found or share, share)
         return compiled(found)
 
@@ -306,7 +311,6 @@ def _check_agreement(run: Run, group: ProcessGroup) -> None:
             "selection.json": run.selection.checksum,
             "devices": jax.local_device_count(),
             "attention": run.model.kernels.attention.__name__,
-            "memory": memory_of(devices.own(run.mesh)) if run.config.microbatch == -1 else None,
         },
         f"All nodes must see the same data and the same {run.workdir}, and have equally many devices of one kind.",
     )

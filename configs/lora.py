@@ -1,0 +1,25 @@
+"""Low-rank changes of a frozen backbone, and the head: a hundredth of the parameters to train and to keep.
+
+    python main.py --config=configs/lora.py --workdir=runs/lora10 \\
+        --config.data.root=data/birds10 --config.model.pretrained=vit-small-patch14-224
+
+`export` writes a plain model, with the changes merged. Not measured yet.
+"""
+
+from vit_nabirds import config as config_lib
+
+
+def get_config():
+    config = config_lib.default()
+    config.data.root = "data/birds60"
+    config.cpu_devices = 2
+    config.batch_size = 16
+    config.epochs = 6.0
+    config.lora.rank = 8
+    config.optimizer.learning_rate = 3e-4
+    config.optimizer.head_multiplier = 5.0
+    config.optimizer.weight_decay = 0.05
+    config.optimizer.warmup = "1 epoch"
+    config.optimizer.clip_norm = 1.0
+    config.log_every = 10
+    return config
