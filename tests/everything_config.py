@@ -20,6 +20,6 @@ def get_config():
         name="muon", learning_rate=1e-3, layer_decay=0.8, weight_decay=0.05, clip_norm=1.0, moment_dtype="bfloat16",
         schedule="constant", warmup="2 steps", cooldown="5 steps", rules="classifier/bias lr=0.5 wd=0.01; norm1 frozen",
     )  # fmt: skip
-    config.evaluate.update(every="5 steps", views="ten", select="loss")
+    config.evaluate.update(every="5 steps", views="flip", select="loss")
     config.checkpoint.every = "5 steps"
     return config

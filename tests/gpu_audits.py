@@ -24,6 +24,9 @@ CASES = {
     "tiny": dict(machines="2x4 a100-40", shape=TINY),
     "tiny, bfloat16 sums": dict(machines="2x4 a100-40", shape=TINY, gradient_dtype="bfloat16"),
     "tiny, float32": dict(machines="4 l40s", shape=TINY, compute_dtype="float32"),
+    "tiny, fsdp": dict(machines="2x4 a100-40", shape=TINY, fsdp=4),
+    "tiny, fsdp and remat": dict(machines="2x4 a100-40", shape=TINY, fsdp=4, remat="blocks"),
+    "tiny, microbatch": dict(machines="2x4 a100-40", shape=TINY, microbatch=16),
     "tiny, one GPU": dict(machines="h200", shape=TINY),
 }
 
@@ -40,6 +43,7 @@ def audit(
         "donated": memory.alias_size_in_bytes,
         "state": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
         "parameters": sum(leaf.size for leaf in state.params.values()),
+        "split": sum(leaf.size for leaf in state.params.values() if not leaf.sharding.is_fully_replicated),
         "collectives": [dataclasses.asdict(c) for c in program.collectives(text)],
         "attentions": program.fused_attentions(text),
         "host": program.host_traffic(text),

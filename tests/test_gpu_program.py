@@ -77,6 +77,28 @@ def test_half_of_the_bytes_are_sent_by_choice(audits):
 
 
 @compiles
+@pytest.mark.parametrize("case, passes", [("tiny, fsdp", 1), ("tiny, fsdp and remat", 2)])
+def test_with_fsdp_parameters_are_gathered_and_gradients_scattered_and_nothing_else_is_sent(audits, case, passes):
+    """Four GPUs of a node share the parameters; two nodes have a copy each."""
+    split, whole = audits[case]["split"], audits[case]["parameters"] - audits[case]["split"]
+    found = {}
+    for c in audits[case]["collectives"]:
+        found[c["kind"]] = found.get(c["kind"], 0) + c["bytes"]
+    assert found.keys() == {"all-gather", "reduce-scatter", "all-reduce"} and whole < split / 20
+    assert found["reduce-scatter"] == 4 * split / 4  # float32, a quarter on each GPU
+    assert found["all-reduce"] == pytest.approx(4 * split / 4 + 4 * whole, rel=0.01)
+    # In bfloat16, but for the classifier; with remat those of the blocks again.
+    assert (passes - 0.5) * 2 * split < found["all-gather"] < (passes + 0.5) * 2 * split
+
+
+@compiles
+def test_gradients_of_microbatches_are_sent_once(audits):
+    sent = sum(c["bytes"] for c in audits["tiny, microbatch"]["collectives"])
+    assert sent == pytest.approx(4 * audits["tiny"]["parameters"], rel=0.01)
+    assert audits["tiny, microbatch"]["working MiB"] < 0.7 * audits["tiny"]["working MiB"]
+
+
+@compiles
 def test_an_evaluation_sends_its_answers_and_neither_logits_nor_counts(audits):
     """For each of 64 photographs: row, label, mask, the likeliest class, and five classes and probabilities."""
     sent = dict(audits["scoring"]["collectives"])
@@ -198,6 +220,27 @@ def test_a_mistake_is_one_line_of_check(main, tmp_path, case):
     done = main("check", *main.tiny, *arguments, env=main.environment() | variables)
     assert done.returncode == code and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stdout == ""
+
+
+LOOP = """
+%body (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %all-reduce.2 = f32[8]{0} all-reduce(%p), channel_id=2
+}
+
+ENTRY %main (q: f32[8]) -> f32[8] {
+  %q = f32[8]{0} parameter(0)
+  %w = f32[8]{0} while(%q), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  ROOT %all-reduce.1 = f32[8]{0} all-reduce(%w), channel_id=1
+}
+"""
+
+
+def test_what_a_loop_repeats_counts_as_often():
+    assert [c.bytes for c in program.collectives(LOOP)] == [32] * 6
+    assert program.memory_traffic(LOOP) == 6 * 2 * 32
+    square = jax.make_jaxpr(lambda x: jax.lax.scan(lambda y, _: (y @ x, None), x, length=5)[0])(jnp.ones((8, 8)))
+    assert program.flops_of_products(square.jaxpr) == 5 * 2 * 8**3
 
 
 def test_products_that_are_not_needed_are_not_counted():

@@ -230,7 +230,7 @@ def test_several_commands_in_one_process(our_log, tmp_path, capfd):
 
 
 USAGE = {
-    "unknown command": (["trian"], "there is no command 'trian': it is one of train, prepare,"),
+    "unknown command": (["trian"], "there is no command 'trian': it is one of train, probe, prepare,"),
     "unknown flag": (["prepare", "--archiv=x"], "Unknown command line flag 'archiv'. Did you mean: archive"),
     "flag of another command": (["--archive=x"], "Unknown command line flag 'archive'"),
     "missing flag": (["prepare", "--out=x"], "prepare needs --archive"),
@@ -245,15 +245,15 @@ USAGE = {
     "a field without its prefix": (["--epochs=3"], "did you mean --config.epochs?"),
     "a nested field without its prefix": (["--learning_rate=3"], "did you mean --config.optimizer.learning_rate?"),
     "a field that we do not have": (
-        ["--config.label_smoothing=0.1"],
-        "--config.label_smoothing: there is no field 'label_smoothing'; `train --help` lists all fields.",
+        ["--config.focal_gamma=2"],
+        "--config.focal_gamma: there is no field 'focal_gamma'; `train --help` lists all fields.",
     ),
     "wrong type": (["--config.batch_size=many"], "config.batch_size"),
     "fraction for a whole number": (["--config.batch_size=1.5"], "config.batch_size"),
     "empty file name": (["--config="], "the configuration file '' cannot be read"),
     "file name with a space": (["--config=my file.py"], "the configuration file 'my file.py' cannot be read"),
     "no configuration file": (["--config=nothing.py"], "the configuration file 'nothing.py' cannot be read"),
-    "wrong value": (["--config.optimizer.name=lion"], "optimizer.name is 'lion': it must be 'adamw' or 'sgd'"),
+    "wrong value": (["--config.optimizer.name=lamb"], "optimizer.name is 'lamb': it must be 'adamw' or 'sgd'"),
     "no data": (["--config.data.root=", "--config.data.synthetic=False"], "config.data.root is empty"),
     "process of several": (["--coordinator=localhost:6000"], "needs --num_processes and --process_id too"),
 }
@@ -352,7 +352,7 @@ def test_help_of_a_command_lists_its_flags(our_log, capfd, command):
     assert cli.main([command, "--help"]) == 0
     shown = capfd.readouterr().out
     flags = {"train": "workdir", "prepare": "archive", "evaluate": "step", "predict": "images", "export": "out"}
-    flags["check"] = "gpus"
+    flags |= {"check": "gpus", "probe": "learning_rates"}
     assert f"\n  --{flags.get(command, 'checkpoint')} " in shown and "Exit codes: " in shown
 
 

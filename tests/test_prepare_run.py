@@ -34,7 +34,7 @@ WRONG_VALUES = {
     "no data": (change("data.root", ""), "config.data.root is empty"),
     "odd patches": (change("model.patch_size", 5), "multiple of patch_size"),
     "missing shape": (change("model.patch_size", None), "config.model.patch_size is not set"),
-    "optimizer": (change("optimizer.name", "lion"), "optimizer.name is 'lion': it must be 'adamw' or 'sgd'"),
+    "optimizer": (change("optimizer.name", "lamb"), "optimizer.name is 'lamb': it must be 'adamw' or 'sgd'"),
     "no steps": (change("epochs", 0.0), "config.epochs is 0.0: it must be positive"),
     "duration": (change("checkpoint.every", "5 days"), "checkpoint.every is '5 days': it must be like '500 steps'"),
     "period of 0 steps": (change("evaluate.every", "0 steps"), "evaluate.every is '0 steps'"),

@@ -223,7 +223,7 @@ def test_the_same_command_finishes_what_was_stopped_and_repeats_nothing(probed, 
     assert json.loads((workdir / "results.json").read_text()) == written
     assert json.loads((workdir / "selection.json").read_text()) == selection
     with pytest.raises(
-        UserError, match=r"holds a probe of others \(learning_rates 0.01, 0.1, 1; weight_decays 0, 0.1\)"
+        UserError, match=r"holds a probe that tried other rates \(learning_rates 0.01, 0.1, 1; weight_decays 0, 0.1\)"
     ):
         run_probe(probe_config(prepared), workdir, [0.5])
     config = probe_config(prepared)

@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pytest
 from everything_config import get_config as everything
+from tiny_config import SHAPE
 from tiny_runs import FINISHED, STOPPED, arrays_of, at, losses, prepared_run, steps_of, terminate, train
 
 from vit_nabirds.commands.evaluate import evaluate
 from vit_nabirds.commands.export import export
+from vit_nabirds.data.prepare import prepare
 from vit_nabirds.errors import ConfigError
 from vit_nabirds.evaluation.classifier import Classifier
 from vit_nabirds.runs.checkpoints import Checkpoints, existing
@@ -150,7 +152,10 @@ def test_a_microbatch_is_chosen_by_the_memory_that_there_is(tiny_config, tmp_pat
         (lambda c: c.optimizer.update(rules="encodr frozen"), "encodr"),
         (lambda c: c.lora.update(rank=2), "config.lora.rank is not 0, but there are no weights to change"),
         (lambda c: (c.loss.update(class_weights="balanced"), c.data.update(sampling="sqrt")), "both make up for rare"),
-        (lambda c: c.augment.update(area=(0.9, 0.1)), "config.augment.area"),
+        (lambda c: c.augment.update(area=(0.9, 0.1)), "config.augment.area is"),
+        (lambda c: c.augment.update(area=(0.1, 0.9)), "config.augment.area is set, but has no effect without"),
+        (lambda c: c.augment.update(mixed=0.5), "config.augment.mixed is set, but has no effect without"),
+        (lambda c: (c.lora.update(rank=2), c.update(trainable="layers")), "config.trainable is 'layers': leave it out"),
     ],
 )
 def test_parts_that_cannot_go_together_are_a_mistake(tiny_config, tmp_path, change, message):
@@ -158,3 +163,11 @@ def test_parts_that_cannot_go_together_are_a_mistake(tiny_config, tmp_path, chan
     with pytest.raises(ConfigError, match=message):
         prepared_run(tiny_config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_random_weights_is_a_start_for_another_resolution(undisturbed, prepared, tiny_config, tmp_path):
+    prepare(prepared.parent / "archive", tmp_path / "larger", train_size=28, test_size=24)
+    tiny_config.data.root, tiny_config.epochs = str(tmp_path / "larger"), 1.0
+    tiny_config.model.update(dict.fromkeys(SHAPE), pretrained=str(undisturbed), image_size=24)
+    assert train(tiny_config, tmp_path / "run") == FINISHED
+    assert open_run(tmp_path / "run").params["position_embeddings"].shape == (1, 10, 16)

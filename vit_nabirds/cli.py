@@ -19,7 +19,7 @@ from vit_nabirds.parallel.group import ProcessGroup
 from vit_nabirds.parallel.preemption import EXIT_STOPPED, SIGNALS
 
 COMMANDS = ("train", "probe", "prepare", "check", "evaluate", "predict", "export", "verify")
-DEMO = Path(__file__).parent.parent / "configs" / "demo.py"
+CONFIGS = Path(__file__).parent.parent / "configs"
 EXIT_CODES = (
     "Exit codes: 0 finished; 75 stopped on request, all saved: run the same command again; 2 wrong usage; 1 other "
     "failure."
@@ -117,9 +117,9 @@ def parse(name: str, command: ModuleType, argv: list[str]) -> flags.FlagValues:
 
 
 def with_configuration(command: ModuleType, argv: list[str]) -> list[str]:
-    """The arguments with the demonstration's configuration where a command takes one and none is named."""
+    """The arguments with the command's default configuration where it takes one and none is named."""
     named = any(argument.lstrip("-").partition("=")[0] == "config" for argument in argv if argument.startswith("-"))
-    return argv if named or not command.CONFIGURED else [f"--config={DEMO}", *argv]
+    return argv if named or not command.CONFIGURED else [f"--config={CONFIGS / command.CONFIGURED}", *argv]
 
 
 def flags_of(command: ModuleType, argv: list[str]) -> flags.FlagValues:
@@ -167,7 +167,8 @@ def help_of(name: str, command: ModuleType) -> str:
         required = " Required." if flag in command.REQUIRED else ""
         lines.append(f"  --{flag:<18} {values[flag].help.splitlines()[0]}{required}{default}")
     if "config" in values:
-        lines += ["  --config             Configuration file (default: configs/demo.py).", "", "fields, with defaults:"]
+        lines.append(f"  --config             Configuration file (default: configs/{command.CONFIGURED}).")
+        lines += ["", "fields, with defaults:"]
         lines.append(help_text())
     return "\n".join([*lines, "", EXIT_CODES])
 

@@ -74,7 +74,8 @@ def test_all_parts_of_the_recipe_at_once_go_on_after_a_preemption_and_on_another
     def start(name, tasks, *flags):
         resources = ["--nodes=2", f"--ntasks-per-node={tasks}", "--cpus-per-task=1", "--no-requeue"]
         training = [EVERYTHING, f"--config.data.root={prepared}", f"--workdir={tmp_path / name}", *flags]
-        training += ["--config.batch_size=16", "--config.epochs=16", "--config.optimizer.learning_rate=1e-4"]
+        training += ["--config.batch_size=16", "--config.epochs=16", "--config.optimizer.learning_rate=1e-4",
+                     "--config.model.num_layers=1", "--config.evaluate.views=flip"]  # fmt: skip
         return slurm.submit("launch/train.sbatch", *resources, f"--output={tmp_path / name}.log", "--", *training)
 
     job = start("whole", 2)

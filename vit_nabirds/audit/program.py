@@ -12,6 +12,7 @@ BYTES = {"f32": 4, "bf16": 2, "f16": 2, "f64": 8, "pred": 1}
 BYTES |= {f"{sign}{8 * size}": size for sign in "su" for size in (1, 2, 4, 8)}
 COLLECTIVES = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
 ARRAY = r"\b(\w+)\[([\d,]*)\]"
+NO_KERNEL = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "while")
 PRODUCT = re.compile(r'custom_call_target="__cu(blas|dnn)|"kind":"__triton_gemm"| dot\(')
 TO_HOST = re.compile(r"xla_ffi_python|xla_python_|SendToHost|RecvFromHost|\binfeed|\boutfeed|S\(5\)")
 
@@ -31,9 +32,32 @@ def size_of(types: str) -> int:
     return sum(BYTES.get(dtype, 0) * math.prod(sides) for dtype, sides in arrays)
 
 
+def computations(text: str) -> dict[str, list[str]]:
+    """Name -> lines of each computation of a compiled program; that of the program itself is ENTRY."""
+    found, lines = {}, []
+    for line in text.splitlines():
+        if begins := re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line):
+            lines = found["ENTRY" if begins[1] else begins[2]] = []
+        lines.append(line)
+    return found
+
+
+def loops(lines: list[str]) -> list[tuple[str, int]]:
+    """The computation that each loop repeats, and how often; once where XLA does not know."""
+    found = [(line, re.search(r" while\(.*body=%?([\w.-]+)", line)) for line in lines]
+    turns = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+    return [(body[1], int((turns.search(line) or [0, 1])[1])) for line, body in found if body]
+
+
 def collectives(text: str) -> list[Collective]:
-    """All of a compiled program, in the order in which they start."""
-    lines, found = text.splitlines(), []
+    """All of a compiled program, in the order in which they start; what a loop repeats, as often."""
+    found = computations(text)
+    repeated = {body: turns for lines in found.values() for body, turns in loops(lines)}
+    return [c for name, lines in found.items() for c in _collectives(lines) * repeated.get(name, 1)]
+
+
+def _collectives(lines: list[str]) -> list[Collective]:
+    found = []
     for number, line in enumerate(lines):
         match = re.match(rf"\s*(?:ROOT )?%?(\S+) = (.+?) ({COLLECTIVES})(-start)?\(", line)
         if not match:
@@ -64,13 +88,16 @@ def host_traffic(text: str) -> list[str]:
 
 def memory_traffic(text: str) -> int:
     """Bytes that the kernels of a compiled program read and write, if none of them is found in a cache."""
-    entry = text[text.index("\nENTRY") :]
-    sizes, total = {}, 0
-    for line in entry.splitlines():
+    return _traffic(computations(text), "ENTRY")
+
+
+def _traffic(found: dict[str, list[str]], name: str) -> int:
+    sizes, total = {}, sum(turns * _traffic(found, body) for body, turns in loops(found[name]))
+    for line in found[name]:
         if match := re.match(r"\s*(?:ROOT )?%(\S+) = (.+?) ([\w-]+)\((.*?)\)", line):
             name, types, kind, operands = match.groups()
             sizes[name] = size_of(types)
-            if kind not in ("parameter", "constant", "bitcast", "tuple", "get-tuple-element") and "-done" not in kind:
+            if kind not in NO_KERNEL and "-done" not in kind:
                 total += sizes[name] + sum(sizes.get(operand, 0) for operand in re.findall(r"%([\w.-]+)", operands))
     return total
 
@@ -111,7 +138,8 @@ def _flops(jaxpr: Jaxpr) -> int:
             (contracted, _), _ = equation.params["dimension_numbers"]
             left, result = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
             total += 2 * math.prod(result) * math.prod(left[axis] for axis in contracted)
+        turns = equation.params["length"] if equation.primitive.name == "scan" else 1
         for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
             inner = getattr(value, "jaxpr", value)
-            total += _flops(inner) if hasattr(inner, "eqns") else 0
+            total += turns * _flops(inner) if hasattr(inner, "eqns") else 0
     return total

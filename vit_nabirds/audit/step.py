@@ -28,6 +28,7 @@ class Audit:
     traffic: int
     collectives: list[Collective]
     attentions: tuple[int, int]  # calls of cuDNN's, forwards and backwards
+    microbatch: int
 
     @property
     def used(self) -> int:
@@ -47,17 +48,18 @@ def audit(run: Run, options: dict | None, batch_size: int, microbatch: int) -> A
     return Audit(
         Memory.of(compiled), batch // run.mesh.size, program.flops_of_products(traced.jaxpr.jaxpr),
         program.memory_traffic(text), program.collectives(text), program.fused_attentions(text),
+        microbatch,
     )  # fmt: skip
 
 
-def audit_of(run: Run, options: dict | None, available: int) -> tuple[Audit, int]:
-    """The audit of the run's step and its microbatch, which is chosen for so many available bytes if it is -1."""
+def audit_of(run: Run, options: dict | None, available: int) -> Audit:
+    """The audit of the run's step; a microbatch of -1 is chosen for so many available bytes."""
     audits = functools.cache(lambda microbatch: audit(run, options, run.config.batch_size, microbatch))
     microbatch = run.config.microbatch
     if microbatch == -1:
         share = run.config.batch_size // run.mesh.size
         microbatch = largest_that_fits(share, lambda size: audits(size).used <= available, is_mixed(run.config))
-    return audits(microbatch), microbatch
+    return audits(microbatch)
 
 
 def _bytes(tree: object) -> int:
@@ -81,8 +83,11 @@ def of_run(run: Run, step: Audit) -> Iterator[str]:
         f"run          {plan.total_steps:,} steps of {config.batch_size:,} photographs, from step {run.start:,} on; "
         f"a checkpoint takes {gib(stored)}"
     )
-    attention = "cuDNN" if sum(step.attentions) else "XLA"
+    attention, share = "cuDNN" if sum(step.attentions) else "XLA", config.batch_size // run.mesh.size
     yield f"step         {step.flops / 1e12:.3g} TFLOP in products on each device; attention by {attention}"
+    at_once = f"{step.microbatch:,} at once" if step.microbatch else "all at once"
+    mesh = " x ".join(map(str, run.mesh.devices.shape))
+    yield f"             mesh {mesh} (data x fsdp), {share:,} photographs a device, {at_once}, remat {config.remat}"
     if run.mesh.size == 1:
         yield "collectives  none"
         return
@@ -127,15 +132,15 @@ def share_of_memory() -> float:
     raise ConfigError(f"{given[0]} is {os.environ[given[0]]!r}: it must be a number above 0 and up to 1.")
 
 
-def judge(run: Run, step: Audit, microbatch: int, limit: Budget) -> tuple[list[str], str | None]:
+def judge(run: Run, step: Audit, limit: Budget) -> tuple[list[str], str | None]:
     """Lines on the memory of a GPU, and what to change, if anything."""
     config, machines = run.config, limit.machines
     images, fits = config.batch_size // machines.size, step.used <= limit.available
-    changes = [] if microbatch else ["--config.microbatch=-1"]
+    changes = [] if step.microbatch else ["--config.microbatch=-1"]
     changes += [] if config.remat == "blocks" else ["--config.remat=blocks"]
     changes += [] if run.mesh.shape["fsdp"] >= machines.per_node else ["--config.mesh.fsdp=-1"]
-    if microbatch:
-        most = f"{microbatch:,} of them at once"
+    if step.microbatch:
+        most = f"{step.microbatch:,} of them at once"
     else:
 
         @functools.cache

@@ -13,7 +13,7 @@ FLAGS = {
     "gpus": (str, "What it will run on, like '2x4 h100': two nodes with four GPUs each (default: this machine's CPU)."),
 }
 PARALLEL = False
-CONFIGURED = True
+CONFIGURED = "demo.py"
 
 
 def run(options, group) -> int:
@@ -59,14 +59,14 @@ def check(config: Config, workdir: Path, group, machines, described: bool) -> in
     run.check_pretrained()
     limit = Budget(machines, audits.share_of_memory()) if described else None
     available = limit.available if limit else memory_of(devices.own(run.mesh))
-    step, microbatch = audits.audit_of(run, gpus.OPTIONS if described else None, available)
+    step = audits.audit_of(run, gpus.OPTIONS if described else None, available)
     size, problem = run.mesh.size, None
     cpu = f"the CPU, as {size} device{'s' if size > 1 else ''}"
     print(f"{workdir} on {machines if described else cpu}")
     for line in audits.of_run(run, step):
         print(line)
     if described:
-        lines, problem = audits.judge(run, step, microbatch, limit)
+        lines, problem = audits.judge(run, step, limit)
         print("\n".join([*audits.of_gpus(run, step, machines), *lines]))
     else:
         print(f"memory       {audits.gib(step.used)} of a device")

@@ -14,7 +14,7 @@ FLAGS = {
     "wise": (str, "Share of the run's weights, the rest are pretrained ones: 0 to 1, or auto (by validation)."),
 }
 PARALLEL = True
-CONFIGURED = False
+CONFIGURED = ""
 
 log = logging.getLogger("vit_nabirds")
 

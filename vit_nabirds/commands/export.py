@@ -19,7 +19,7 @@ FLAGS = {
     "wise": (str, "Share of the run's weights, the rest are pretrained ones: 0 to 1, or auto (by validation)."),
 }
 PARALLEL = False
-CONFIGURED = False
+CONFIGURED = ""
 
 
 def run(options, group) -> int:
@@ -75,8 +75,9 @@ def model_card(opened, name: str, share: float | None = None) -> str:
     """README.md of the folder, with the Hub's metadata at its head, for a run from `open_run`, or a share of it."""
     metadata, config = opened.metadata, opened.metadata.config
     size = metadata.architecture["image_size"]
-    fields = ("model", "optimizer", "evaluate", "batch_size", "epochs", "seed", "trainable")
-    recipe = {name: config["data"][name] for name in ("label", "validation")} | {name: config[name] for name in fields}
+    fields = ("model", "augment", "loss", "lora", "optimizer", "evaluate", "batch_size", "epochs", "ema_decay", "seed")
+    recipe = {"data": {name: config["data"][name] for name in ("label", "validation", "sampling", "repeats")}}
+    recipe |= {name: config[name] for name in (*fields, "trainable")}
     shown, advice = "whole photographs", "whole photographs fitted into a black square, so pad yours"
     if metadata.crop == "box":
         shown = "photographs cropped to the birds' bounding boxes"

@@ -30,7 +30,7 @@ FLAGS = {
     "max_pixels": (500_000_000, "Largest photograph to decode, in pixels."),
 }
 PARALLEL = False
-CONFIGURED = False
+CONFIGURED = ""
 # Names that are always worth a row, if only to say why a file cannot be read.
 SUFFIXES = (
     ".jpg .jpeg .jpe .jfif .jif .mpo .png .apng .webp .bmp .dib .tif .tiff .gif .avif .heic .heif .hif .jp2 .j2k .jpx "

@@ -16,7 +16,7 @@ FLAGS = {
     "max_pixels": (500_000_000, "Largest photograph to decode, in pixels."),
 }
 PARALLEL = False
-CONFIGURED = False
+CONFIGURED = ""
 
 
 def run(options, group) -> int:

@@ -14,7 +14,7 @@ FLAGS = {
     "weight_decays": (str, "To try with each, like 0,0.1 (default: config.optimizer.weight_decay times 0, 1 and 10)."),
 }
 PARALLEL = True
-CONFIGURED = True
+CONFIGURED = "linear_probe.py"
 RATE_FACTORS, DECAY_FACTORS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0), (0.0, 1.0, 10.0)
 
 

@@ -11,7 +11,7 @@ from vit_nabirds.config.fields import flat
 REQUIRED = ()
 FLAGS = {"workdir": (str, "Folder of the run (default: runs/ and the name of the configuration file).")}
 PARALLEL = True
-CONFIGURED = True
+CONFIGURED = "demo.py"
 
 
 def run(options, group) -> int:

@@ -13,7 +13,7 @@ FLAGS = {
     "tolerance": (1e-4, "Largest difference of logits that counts as the same."),
 }
 PARALLEL = False
-CONFIGURED = False
+CONFIGURED = ""
 
 
 def run(options, group) -> int:

@@ -63,7 +63,7 @@ PATTERN = Check(_is_pattern, "a regular expression, '.*' for all parameters")
 
 
 REMAT = one_of("none", "elementwise", "blocks")._replace(
-    parse=lambda x: {True: "blocks", False: "none"}.get(x, x)  # it was a bool
+    parse=lambda x: {"True": "blocks", "False": "none"}.get(str(x).capitalize(), x)  # it was a bool
 )
 
 
@@ -103,7 +103,9 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    pretrained: str = _field("google/vit-base-patch16-224", "Hub id, folder, or empty for random weights")
+    pretrained: str = _field(
+        "google/vit-base-patch16-224", "Hub id, folder of a checkpoint, workdir of a run, or empty for random weights"
+    )
     dropout_rate: float = _field(0.0, "share of activations dropped in training", SHARE)
     drop_path: float = _field(
         0.0, "share of images that skip the last block's branches, falling to 0 at the first", SHARE
@@ -290,6 +292,14 @@ class Config:
                 f"config.loss.class_weights is {config.loss.class_weights!r} and config.data.sampling "
                 f"{config.data.sampling!r}: both make up for rare classes. Set one of the two."
             )
+        for name, condition, what in IDLE:
+            if not condition(config) and operator.attrgetter(name)(config) != _default_of(name):
+                raise ConfigError(f"config.{name} is set, but has no effect without {what}.")
+        if config.lora.rank and config.trainable != ".*":
+            raise ConfigError(
+                f"config.lora.rank is not 0, so its changes and the classifier are trained, but config.trainable is "
+                f"{config.trainable!r}: leave it out, and freeze some of them by config.optimizer.rules."
+            )
         if config.lora.rank and not config.model.pretrained:
             raise ConfigError(
                 "config.lora.rank is not 0, but there are no weights to change: set config.model.pretrained."
@@ -305,6 +315,20 @@ class Config:
     def replace(self, values: dict[str, Any]) -> "Config":
         """With other values of some fields, by dotted name."""
         return Config.read(flat(self.to_dict()) | values)
+
+
+# Fields that mean nothing without another one: condition, and its name for the message.
+IDLE = (
+    ("augment.area", lambda c: c.augment.crop == "resized", "config.augment.crop=resized"),
+    ("augment.aspect", lambda c: c.augment.crop == "resized", "config.augment.crop=resized"),
+    ("augment.operations", lambda c: c.augment.policy == "randaugment", "config.augment.policy=randaugment"),
+    ("augment.magnitude", lambda c: c.augment.policy == "randaugment", "config.augment.policy=randaugment"),
+    ("augment.mixed", lambda c: c.augment.mixup or c.augment.cutmix, "config.augment.mixup or config.augment.cutmix"),
+)
+
+
+def _default_of(name: str) -> Any:
+    return next(field.default for other, field in fields() if other == name)
 
 
 def fields(section: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:

@@ -9,6 +9,10 @@ from vit_nabirds.config.fields import default, fields, flat
 ALIASES = {
     "lr": "optimizer.learning_rate", "wd": "optimizer.weight_decay", "opt": "optimizer.name", "bs": "batch_size",
     "num_epochs": "epochs", "dtype": "compute_dtype", "dropout": "model.dropout_rate", "img_size": "model.image_size",
+    "ema": "ema_decay", "mixup_alpha": "augment.mixup", "cutmix_alpha": "augment.cutmix", "tta": "evaluate.views",
+    "smoothing": "loss.label_smoothing", "reprob": "augment.erasing", "randaugment": "augment.policy",
+    "accumulate": "microbatch", "gradient_accumulation": "microbatch", "grad_accum_steps": "microbatch",
+    "layerwise_decay": "optimizer.layer_decay", "fsdp": "mesh.fsdp", "lora_rank": "lora.rank",
     "grad_clip": "optimizer.clip_norm", "num_workers": "data.workers", "data_dir": "data.root",
 }  # fmt: skip
 

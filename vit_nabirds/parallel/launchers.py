@@ -49,17 +49,16 @@ def launched_by_slurm(environ: Mapping[str, str] = os.environ, gpus: int | None 
     )
 
 
-def tasks_of_node(environ: Mapping[str, str] = os.environ) -> int:
-    """How many tasks of this job step run on this node; 1 without Slurm."""
+def tasks_by_node(environ: Mapping[str, str] = os.environ) -> list[int]:
+    """How many tasks of this job step run on each node; [1] without Slurm."""
     # '2(x3),1': two tasks on each of three nodes and one on the fourth
     counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
-    tasks = [int(tasks) for tasks, nodes in counts for _ in range(int(nodes or 1))]
-    return tasks[int(environ.get("SLURM_NODEID", 0))]
+    return [int(tasks) for tasks, nodes in counts for _ in range(int(nodes or 1))]
 
 
 def _gpus_of_task(environ: Mapping[str, str], gpus: int) -> list[int] | None:
     """Indices of a task's GPUs among those it sees; None when they are all its own."""
-    tasks = tasks_of_node(environ)
+    tasks = tasks_by_node(environ)[int(environ["SLURM_NODEID"])]
     if "CUDA_VISIBLE_DEVICES" in environ:
         gpus = len([name for name in environ["CUDA_VISIBLE_DEVICES"].split(",") if name])
     # With --gpus-per-task (a number, or 'h100:1') Slurm shows each task its own GPUs alone, or those of all tasks.

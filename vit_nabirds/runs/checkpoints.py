@@ -174,8 +174,10 @@ def digest(parts: dict[str, Arrays], on_host: bool = False) -> Digests:
     host's memory, without a compiled program for each shape."""
 
     def sums_of(x: jax.Array) -> list | jax.Array:
+        if not x.is_fully_replicated:  # one after another: on CPUs, sums over devices that overlap wait for each other
+            return jax.block_until_ready(_sums_on_device(x))
         near = on_host or all(device.platform == "cpu" for device in x.devices())
-        return _sums(np.asarray(x)) if near and x.is_fully_replicated else _sums_on_device(x)
+        return _sums(np.asarray(x)) if near else _sums_on_device(x)
 
     sums = jax.device_get(jax.tree.map(sums_of, parts))
     return {

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from vit_nabirds.config import Config
-from vit_nabirds.errors import ConfigError, UserError
+from vit_nabirds.errors import UserError
 from vit_nabirds.models.model import Model, describe
 from vit_nabirds.models.pretrained.checkpoint import open_checkpoint
 from vit_nabirds.models.pretrained.positions import resize_positions
@@ -92,15 +92,13 @@ def base_params(metadata: Metadata) -> dict[str, np.ndarray]:
     UserError where they are gone or others.
     """
     source = metadata.config["model"]["pretrained"]
-    if not source:
-        raise ConfigError("config.lora.rank is not 0, but there are no weights to change: set config.model.pretrained.")
-    need = f"the run trained low-rank changes of the weights of {source!r}, and nothing can be done without them"
+    need = f"the run trained low-rank changes of the weights of {source!r} and needs these: put them there again"
     try:
         params = _weights_of(source, metadata.architecture)
     except UserError as error:
-        raise UserError(f"{need}: {error}") from None
+        raise UserError(f"{need} ({error})") from None
     if base_checksum(params) != metadata.base:
-        raise UserError(f"{need}; but these are others now: put those that it started from in that place again.")
+        raise UserError(f"{need} (others are there now).")
     return params
 
 

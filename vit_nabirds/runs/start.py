@@ -10,6 +10,7 @@ from vit_nabirds.config.fields import SHAPE
 from vit_nabirds.errors import ConfigError
 from vit_nabirds.models.normalization import Normalization
 from vit_nabirds.models.pretrained.checkpoint import Checkpoint, open_checkpoint
+from vit_nabirds.models.pretrained.hf_config import PARTS
 from vit_nabirds.models.pretrained.names import mapping
 from vit_nabirds.models.pretrained.tensors import Tensor
 from vit_nabirds.parallel import devices
@@ -63,8 +64,9 @@ def weights_of_run(name: str, group: ProcessGroup) -> Checkpoint:
     rows = mapping(metadata.architecture, len(metadata.species))
     tensors = {row.name: Tensor(row.shape, "F32", lambda row=row: row.to_theirs(arrays.pop(row.path))) for row in rows}
     source, size = f"{name}, step {run.step}", metadata.architecture["image_size"]
+    architecture = PARTS | metadata.architecture  # of random weights it has no parts
     return Checkpoint(
-        source, folder, metadata.architecture, metadata.species, size, metadata.normalization, True, tensors
+        source, folder, architecture, metadata.species, size, metadata.normalization, True, tensors
     )  # fmt: skip
 
 

@@ -84,7 +84,7 @@ def search(run: Run, loaded: dict, tried: dict, checkpoints: Checkpoints, stop: 
         if (found := features_of(run, state.params, split, run.workdir / "features", stop)) is None:
             return None
         features[split] = found
-    log.info("training %d classifiers for %d steps", math.prod(map(len, tried.values())), run.plan.total_steps)
+    log.info("training %d classifier(s) for %d steps", math.prod(map(len, tried.values())), run.plan.total_steps)
     head = {path: np.asarray(x) for path, x in state.params.items() if path.startswith("classifier/")}
     if (found := sweep(run, head, features, **tried, stop=stop)) is None:
         return None
@@ -110,6 +110,8 @@ def check_sweep(config: Config, tried: dict[str, list[float]], group: ProcessGro
             "config.data.validation is 0, so nothing says which classifier is the best: give one --learning_rates and "
             "one --weight_decays, or hold photographs out."
         )
+    if config.data.repeats > 1:
+        raise ConfigError(f"config.data.repeats is {config.data.repeats}, but a probe augments nothing: set it to 1.")
     if config.ema_decay:
         raise ConfigError("config.ema_decay is set, but a probe has no moving average: set it to 0.")
 
@@ -197,8 +199,8 @@ def _as_found(config: Config, workdir: Path, tried: dict[str, list[float]]) -> C
     if (earlier := _read_sweep(workdir)["tried"]) != tried:
         words = "; ".join(f"{name} {', '.join(f'{x:g}' for x in values)}" for name, values in earlier.items())
         raise UserError(
-            f"{workdir} holds a probe of others ({words}): use another --workdir. A copy of the folder features in it "
-            "saves computing them again."
+            f"{workdir} holds a probe that tried other rates ({words}): use another --workdir. Copy the folder "
+            "features into it, and they need not be computed again."
         )
     return config.replace({f"optimizer.{name}": saved.config["optimizer"][name] for name in RATES})
 

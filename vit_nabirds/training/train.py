@@ -32,7 +32,7 @@ from vit_nabirds.training.loop import fit
 from vit_nabirds.training.reporter import Reporter
 from vit_nabirds.training.run import Run, prepare_run
 from vit_nabirds.training.saver import Saver
-from vit_nabirds.training.step import augmented
+from vit_nabirds.training.step import augmented, is_mixed
 from vit_nabirds.training.tracer import Tracer
 
 log = logging.getLogger("vit_nabirds")
@@ -118,9 +118,9 @@ def introduce(run: Run, tracker: Tracker, group: ProcessGroup) -> None:
     shapes, config, plan = run.model.shapes, run.config, run.plan
     total, trained = (sum(int(np.prod(shapes[path].shape)) for path in paths) for paths in (shapes, run.trainable))
     log.info(
-        "%s: %s; %s parameters, %s of them trained, in %s; steps %d to %d on %d %s device(s) of %d process(es)",
+        "%s: %s; %s parameters, %s of them trained, in %s; steps %d to %d on %d %s device(s) of %d process(es)%s",
         run.workdir, run.data_in_words, f"{total:,}", f"{trained:,}", config.compute_dtype, run.start,
-        plan.total_steps, run.mesh.size, jax.default_backend(), group.num_processes,
+        plan.total_steps, run.mesh.size, jax.default_backend(), group.num_processes, memory_in_words(run),
     )  # fmt: skip
     if left_out := left_out_of(root := Path(config.data.root)):
         log.warning("%d photographs were left out when the data were prepared: %s", left_out, root / SKIPPED)
@@ -143,7 +143,19 @@ def introduce(run: Run, tracker: Tracker, group: ProcessGroup) -> None:
         captions = (
             run.table[batch["row"][:count].tolist()].select("class_name", pl.col("photographer").fill_null("")).rows()
         )
+        if is_mixed(config):  # each is in the picture of its neighbour too
+            captions = [tuple(map(" + ".join, zip(captions[i], captions[i ^ 1], strict=True))) for i in range(count)]
         tracker.images("train/augmented", run.start, np.asarray(shown), captions)
+
+
+def memory_in_words(run: Run) -> str:
+    """What the run does to save memory, for the log."""
+    config, fsdp = run.config, run.mesh.shape["fsdp"]
+    words = [f"parameters shared by {fsdp}"] * (fsdp > 1) + [f"microbatch {config.microbatch}"] * (
+        config.microbatch != 0
+    )
+    words += [f"remat {config.remat}"] * (config.remat != "none")
+    return "".join(f", {word}" for word in words)
 
 
 def make_tracer(run: Run, group: ProcessGroup) -> Tracer:

@@ -35,7 +35,8 @@ class Checkpoint:
     def load(self, architecture: dict, labels: list[str], place: Callable = lambda array: array) -> dict:
         """Parameters by path, float32. Gives each to `place` before reading the next; logs what became of the tensors.
 
-        Resizes positions to `architecture`. Loads the classifier only if it has exactly these labels, and reorders it.
+        Resizes positions to `architecture`. Loads the classifier only if it has exactly these labels, and reorders it;
+        without labels, none is wanted.
         """
         order = self._order_of(labels) if architecture["pool"] == self.architecture["pool"] else []
         old, new = (a["image_size"] // a["patch_size"] for a in (self.architecture, architecture))
@@ -56,7 +57,8 @@ class Checkpoint:
         log.info(
             "weights of %s\n  loaded   %d tensors (%s)\n  resized  %s\n  new      %s\n  ignored  %s",
             self.source, len(used), ", ".join(sorted({self.tensors[name].dtype for name in used})), resized,
-            "none" if order else "the classifier", ", ".join(sorted(self.tensors.keys() - used)) or "none",
+            "none" if order or not labels else "the classifier",
+            ", ".join(sorted(self.tensors.keys() - used)) or "none",
         )  # fmt: skip
         return params
 
