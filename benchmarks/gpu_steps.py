@@ -48,8 +48,8 @@ def ours(shape: dict, dtype: str, batch_size: int, remat: bool, device: str) -> 
     import jax
 
     from benchmarks.ours import batch_shapes, training_step
-    from vit_nabirds.audit.program import Memory
     from vit_nabirds.parallel import devices
+    from vit_nabirds.training.microbatch import Memory
 
     mesh, row = devices.make_mesh(), {}
     step, first_state, like = training_step(shape, mesh, compute_dtype=dtype, remat="blocks" if remat else "none")

@@ -15,8 +15,8 @@ import jax
 
 from benchmarks.ours import batch_shapes, training_step
 from vit_nabirds.audit.estimate import CUDA, NCCL
-from vit_nabirds.audit.program import Memory
 from vit_nabirds.parallel import gpus
+from vit_nabirds.training.microbatch import Memory
 
 IMAGES = 64  # on each GPU
 DINOV2 = dict(patch_size=14, layer_norm_eps=1e-6, layer_scale=True, gated=True, pool="cls+mean")

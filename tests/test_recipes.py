@@ -15,7 +15,7 @@ from vit_nabirds.errors import ConfigError
 from vit_nabirds.evaluation.classifier import Classifier
 from vit_nabirds.runs.checkpoints import Checkpoints, existing
 from vit_nabirds.runs.loading import open_run
-from vit_nabirds.training.microbatch import bytes_of, largest_that_fits
+from vit_nabirds.training.microbatch import Memory, largest_that_fits
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_a_microbatch_is_chosen_by_the_memory_that_there_is(tiny_config, tmp_pat
     tiny_config.batch_size = 32
     run = prepared_run(tiny_config, tmp_path)
     sizes = {
-        size: bytes_of(run.make_step(size).trace(run.state_shapes(), run.batch_shapes()).lower().compile())
+        size: Memory.of(run.make_step(size).trace(run.state_shapes(), run.batch_shapes()).lower().compile()).total
         for size in (0, 8)
     }
     assert sizes[8] < sizes[0]

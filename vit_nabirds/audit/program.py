@@ -95,30 +95,11 @@ def _traffic(found: dict[str, list[str]], name: str) -> int:
     sizes, total = {}, sum(turns * _traffic(found, body) for body, turns in loops(found[name]))
     for line in found[name]:
         if match := re.match(r"\s*(?:ROOT )?%(\S+) = (.+?) ([\w-]+)\((.*?)\)", line):
-            name, types, kind, operands = match.groups()
-            sizes[name] = size_of(types)
+            result, types, kind, operands = match.groups()
+            sizes[result] = size_of(types)
             if kind not in NO_KERNEL and "-done" not in kind:
-                total += sizes[name] + sum(sizes.get(operand, 0) for operand in re.findall(r"%([\w.-]+)", operands))
+                total += sizes[result] + sum(sizes.get(operand, 0) for operand in re.findall(r"%([\w.-]+)", operands))
     return total
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes on one device."""
-
-    arguments: int
-    working: int
-    results: int  # beyond the memory of donated arguments
-
-    @property
-    def total(self) -> int:
-        return self.arguments + self.working + self.results
-
-    @classmethod
-    def of(cls, compiled: jax.stages.Compiled) -> "Memory":
-        m = compiled.memory_analysis()
-        results = m.output_size_in_bytes - m.alias_size_in_bytes
-        return cls(m.argument_size_in_bytes, m.temp_size_in_bytes, results)
 
 
 def flops_of_products(jaxpr: Jaxpr) -> int:

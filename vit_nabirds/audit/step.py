@@ -10,10 +10,10 @@ import jax
 
 from vit_nabirds.audit import program
 from vit_nabirds.audit.estimate import Budget, bounds, largest_batch
-from vit_nabirds.audit.program import Collective, Memory
+from vit_nabirds.audit.program import Collective
 from vit_nabirds.errors import ConfigError
 from vit_nabirds.parallel.gpus import GIB, OPTIONS, Machines
-from vit_nabirds.training.microbatch import largest_that_fits
+from vit_nabirds.training.microbatch import Memory, largest_that_fits
 from vit_nabirds.training.run import Run
 from vit_nabirds.training.step import is_mixed
 

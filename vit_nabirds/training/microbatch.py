@@ -1,5 +1,6 @@
 """How many images a device works on at once, where the configuration leaves it to the program."""
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +21,23 @@ def largest_that_fits(share: int, fits: Callable[[int], bool], pairs: bool = Fal
     return sizes[0] if sizes else 0
 
 
-def bytes_of(compiled: jax.stages.Compiled) -> int:
-    """What a program needs of a device's memory while it runs, its arguments included."""
-    m = compiled.memory_analysis()
-    return m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device while a program runs."""
+
+    arguments: int
+    working: int
+    results: int  # beyond the memory of donated arguments
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.working + self.results
+
+    @classmethod
+    def of(cls, compiled: jax.stages.Compiled) -> "Memory":
+        m = compiled.memory_analysis()
+        results = m.output_size_in_bytes - m.alias_size_in_bytes
+        return cls(m.argument_size_in_bytes, m.temp_size_in_bytes, results)
 
 
 def memory_of(device: jax.Device) -> int:

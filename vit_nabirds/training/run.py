@@ -33,7 +33,7 @@ from vit_nabirds.runs.checkpoints import Checkpoints, Metadata, base_checksum, e
 from vit_nabirds.runs.loading import base_params
 from vit_nabirds.runs.selection import Selection, metric_of
 from vit_nabirds.runs.start import starting_point
-from vit_nabirds.training.microbatch import bytes_of, largest_that_fits, memory_of
+from vit_nabirds.training.microbatch import Memory, largest_that_fits, memory_of
 from vit_nabirds.training.state import TrainState
 from vit_nabirds.training.step import is_mixed, make_train_step
 
@@ -119,7 +119,7 @@ class Run:
 
         def fits(microbatch: int) -> bool:
             """On the devices of all processes."""
-            return not np.asarray(devices.any_process(self.mesh, bytes_of(compiled(microbatch)) > available))[0]
+            return not np.asarray(devices.any_process(self.mesh, Memory.of(compiled(microbatch)).total > available))[0]
 
         found = largest_that_fits(share, fits, is_mixed(self.config))
         log.info("microbatch %d: of %d images a device works on so many at once", found or share, share)
