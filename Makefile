@@ -26,7 +26,7 @@ test-transformers5: $(VENV)/transformers5
 
 benchmarks: $(VENV)/ready
 	$(VENV)/bin/python -m benchmarks --quick
-	$(VENV)/bin/python -m benchmarks gpu --quick
+	$(VENV)/bin/python -m benchmarks gpu gpu-parts --quick
 	$(VENV)/bin/python -m benchmarks accuracy --quick
 
 lint: $(VENV)/ready

@@ -17,6 +17,7 @@ from vit_nabirds.errors import UserError
 VIT_S = dict(hidden_size=384, num_layers=12, num_heads=6, mlp_dim=1536, patch_size=16, image_size=224)
 TINY = dict(hidden_size=8, num_layers=12, num_heads=2, mlp_dim=16, patch_size=8, image_size=16)
 PARTS = ("input", "host", "step", "loop", "scaling")
+ON_GPU = ("gpu", "gpu-parts")
 OF_TINY_MODELS = "\nOf tiny models for moments: these numbers say that the scripts work, and nothing else."
 
 
@@ -38,7 +39,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or what it has drawn would be left
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all these), gpu, or accuracy"
+        "parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all these), gpu, gpu-parts, or accuracy"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the targets and all that was measured there")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="prepared and packed (default: birds are drawn)")
@@ -49,8 +50,8 @@ def main() -> None:
     parser.add_argument("--only", metavar="NAME,...", help="of accuracy: these recipes (default: all)")
     parser.add_argument("--quick", action="store_true", help="tiny models, to see that all of it works")
     options = parser.parse_args()
-    if unknown := [part for part in options.parts if part not in (*PARTS, "gpu", "accuracy")]:
-        parser.error(f"there is no part {unknown[0]!r}: it is one of {', '.join(PARTS)}, gpu, accuracy")
+    if unknown := [part for part in options.parts if part not in (*PARTS, *ON_GPU, "accuracy")]:
+        parser.error(f"there is no part {unknown[0]!r}: it is one of {', '.join((*PARTS, *ON_GPU))}, accuracy")
     if shutil.which(options.torch) is None:
         parser.error(f"--torch={options.torch} is no program")
     try:
@@ -68,7 +69,7 @@ def main() -> None:
     except UserError as error:
         parser.error(f"--data: {error}")
     quick = options.quick
-    card = gpu.find_card(options.torch, quick) if "gpu" in options.parts else {}
+    card = gpu.find_card(options.torch, quick) if set(ON_GPU) & set(options.parts) else {}
     parts = options.parts or [part for part in PARTS if not (quick and part == "host")]  # with tiny models, as `step`
     tiny = TINY | {"num_layers": 1} if quick else TINY
     shape, batch_size, rounds = (tiny, 4, 1) if quick else (VIT_S, 8, 5)
@@ -138,6 +139,8 @@ def main() -> None:
             target("start to first step, warm ÷ cold cache", row["warm s"] / row["cold s"], 0.4, at_most=True)
         if "gpu" in parts:
             measured["gpu"] = gpu.run(str(root), images, card, options.torch, quick, table)
+        if "gpu-parts" in parts:
+            measured["gpu-parts"] = gpu.run_parts(card, quick, table)
         if "scaling" in parts:
             counts = [1, 8] if quick else [1, 8, 64, 512]
             rows = measured["scaling"] = scaling.run(counts, shape, batch_size)
@@ -155,7 +158,8 @@ def main() -> None:
         print(f"| {row['name']} | {value} | {row['target']} | {met} |")
     if quick:
         print(OF_TINY_MODELS)
-    results = [*(measured.get(part, {}) for part in ("input", "host", "step")), measured.get("gpu", {}).get("step", {})]
+    results = [measured.get(part, {}) for part in ("input", "host", "step")]
+    results += [measured.get(part, {}).get("step", {}) for part in ON_GPU]
     rows = [row for result in results for row in result.items()]
     broken = [f"{name} {row['skipped']}" for name, row in rows if contest.ENDED in row.get("skipped", "")]
     if options.json:

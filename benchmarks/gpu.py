@@ -43,15 +43,37 @@ class Case(NamedTuple):
     dtype: str
     batch_size: int
     peers: tuple[str, ...] = ()
-    remat: bool = False
+    part: str = ""  # of PARTS
 
     @property
     def shape(self) -> dict:
         return MODELS[self.model] | {"image_size": self.image_size}
 
     def __str__(self) -> str:
-        remat = ", remat" if self.remat else ""
-        return f"{self.model}, {self.image_size} px, {self.dtype}, {self.batch_size} images{remat}"
+        part = f", {self.part}" if self.part else ""
+        return f"{self.model}, {self.image_size} px, {self.dtype}, {self.batch_size} images{part}"
+
+
+# What a configuration may add to a step: each is measured alone, beside the step without it.
+PARTS = {
+    "remat blocks": {"remat": "blocks"},
+    "remat elementwise": {"remat": "elementwise"},
+    "microbatch 32": {"microbatch": 32},
+    "resized crop": {"augment.crop": "resized"},
+    "mixup and cutmix": {"augment.mixup": 0.2, "augment.cutmix": 1.0},
+    "randaugment": {"augment.policy": "randaugment"},
+    "trivialaugment": {"augment.policy": "trivialaugment"},
+    "drop path": {"model.drop_path": 0.1},
+    "ema": {"ema_decay": 0.99},
+    "lora": {"lora.rank": 8},
+    "muon": {"optimizer.name": "muon"},
+    "color jitter and erasing": {"augment.color_jitter": 0.3, "augment.erasing": 0.25},
+    "label smoothing": {"loss.label_smoothing": 0.1},
+    "layer decay and clipping": {"optimizer.layer_decay": 0.75, "optimizer.clip_norm": 1.0},
+    "lion": {"optimizer.name": "lion"},
+    "bfloat16 moments": {"optimizer.moment_dtype": "bfloat16"},
+    "dropout": {"model.dropout_rate": 0.1},
+}
 
 
 TRAINED = Case("ViT-B/16", 224, "bfloat16", 256, PEERS)  # that `train` is started with, too
@@ -64,9 +86,10 @@ CASES = [  # the most important first
     Case("ViT-L/16", 224, "bfloat16", 128),
     Case("ViT-B/16", 448, "bfloat16", 64),
     Case("ViT-L/16", 448, "bfloat16", 32),
+    Case("ViT-L/16", 448, "bfloat16", 32, part="remat blocks"),
     Case("ViT-B/16", 224, "float32", 64, ("timm",)),
-    Case("ViT-B/16", 224, "bfloat16", 256, remat=True),
 ]
+PLAIN = Case("ViT-B/16", 224, "bfloat16", 128)
 QUICK = Case("tiny", 16, "bfloat16", 4, PEERS)
 
 
@@ -100,7 +123,7 @@ def _output(command: list[str]) -> str:
 
 def run(root: str, images: int, card: dict, torch_python: str, quick: bool, table: Callable) -> dict:
     """All of it, printed by `table`, and returned for JSON. `root` is a packed folder with so many `images`."""
-    trained, cases = (QUICK, [QUICK, QUICK._replace(peers=(), remat=True)]) if quick else (TRAINED, CASES)
+    trained, cases = (QUICK, [QUICK]) if quick else (TRAINED, CASES)
     start, train = _start(root, images, trained, stop=6 if quick else 30)
     loader = _loader(root, trained.batch_size, quick)
     rows = _steps(cases, card, torch_python, quick)
@@ -116,6 +139,24 @@ def run(root: str, images: int, card: dict, torch_python: str, quick: bool, tabl
     table(f"Input on {os.cpu_count()} cores, for {trained}", feeding)
     table("From the command `main.py train` to the report of its first step", {str(trained): start})
     return {"on": card, "step": rows, "input": feeding, "start": start}
+
+
+def run_parts(card: dict, quick: bool, table: Callable) -> dict:
+    """The part `gpu-parts`: our step with each of PARTS alone, beside the step without any."""
+    plain, parts = (QUICK._replace(peers=()), ["ema"]) if quick else (PLAIN, PARTS)
+    cases = [plain, *(plain._replace(part=part) for part in parts)]
+    with tempfile.TemporaryDirectory() as kept:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = kept  # XLA keeps its choices of kernels there, for all cases
+        rows = list(_steps(cases, card, sys.executable, quick).values())
+    columns = [column for column in COLUMNS if column != "MFU %"]
+    found = {}
+    for case, row in zip(cases, rows, strict=True):
+        speeds = row.get("images/s"), rows[0].get("images/s")
+        ratio = speeds[0] / speeds[1] if all(isinstance(speed, float) for speed in speeds) else "–"
+        shown = {"÷ none": ratio} | {column: row.get(column, "–") for column in columns}
+        found[case.part or "none"] = row if "skipped" in row else shown
+    table(f"Our step with one part more on {card['card']} (jax {card['jax']}), {plain}", found)
+    return {"on": card, "step": found}
 
 
 def _loader(root: str, batch_size: int, quick: bool) -> dict[str, dict]:
@@ -165,8 +206,8 @@ def _start(root: str, images: int, case: Case, stop: int) -> tuple[dict, dict]:
 def _steps(cases: list[Case], card: dict, torch_python: str, quick: bool) -> dict[str, dict]:
     jobs, cases_of = {}, {}
     for case in cases:
-        fields = dict(dtype=case.dtype, batch_size=case.batch_size, remat=case.remat)
-        arguments = json.dumps(fields | {"shape": case.shape, "device": "cpu" if quick else "cuda"})
+        arguments = dict(shape=case.shape, dtype=case.dtype, batch_size=case.batch_size)
+        arguments = json.dumps(arguments | dict(fields=PARTS.get(case.part, {}), device="cpu" if quick else "cuda"))
         for name in ("ours", *case.peers):
             python = sys.executable if name == "ours" else torch_python
             jobs[f"{case}: {name}"] = [python, "-m", "benchmarks.gpu_steps", name, arguments]

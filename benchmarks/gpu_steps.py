@@ -44,7 +44,7 @@ def _measured(step: Callable[[], object], wait: Callable[[object], None], batch_
     }
 
 
-def ours(shape: dict, dtype: str, batch_size: int, remat: bool, device: str) -> dict:
+def ours(shape: dict, dtype: str, batch_size: int, fields: dict, device: str) -> dict:
     import jax
 
     from benchmarks.ours import batch_shapes, training_step
@@ -52,16 +52,15 @@ def ours(shape: dict, dtype: str, batch_size: int, remat: bool, device: str) -> 
     from vit_nabirds.training.microbatch import Memory
 
     mesh, row = devices.make_mesh(), {}
-    step, first_state, like = training_step(shape, mesh, compute_dtype=dtype, remat="blocks" if remat else "none")
+    step, first_state, like = training_step(shape, mesh, {"compute_dtype": dtype} | fields)
     shapes = batch_shapes(shape, batch_size, mesh)
     lowered = step.lower(like, shapes)
-    make_state = jax.jit(first_state, out_shardings=devices.replicated(mesh)).lower().compile()
     ask("the GPU")  # XLA chooses kernels for products by timing them, while it compiles the step
     try:
         compiled = lowered.compile()
         predicted = Memory.of(compiled).total / 1e9
         row |= {"attention": _attention(compiled.as_text()), "predicted GB": predicted}
-        held = make_state()
+        held = first_state()
         batch = devices.to_devices(_batch(shapes), mesh)
 
         def one() -> dict:
@@ -120,7 +119,7 @@ def hugging_face(shape: dict, **case) -> dict:
     return _torch(ViTForImageClassification(config), lambda output: output.logits, shape["image_size"], **case)
 
 
-def _torch(vit, logits: Callable, image_size: int, dtype: str, batch_size: int, remat: bool, device: str) -> dict:
+def _torch(vit, logits: Callable, image_size: int, dtype: str, batch_size: int, device: str, **_) -> dict:
     """Compiled by Inductor, with bfloat16 by autocast, TF32 in float32, attention by SDPA, and fused AdamW."""
     import torch
 

@@ -63,9 +63,8 @@ def main() -> None:
         loaded = checkpoint.load(architecture, [], lambda array: devices.replicate(array, mesh))
         del checkpoint
         model = describe(architecture, 404)
-        options = dict(donate_argnums=0, out_shardings=devices.replicated(mesh))
-        initial = jax.jit(lambda loaded: model.initial_params(0) | loaded, **options)
-        params = jax.block_until_ready(initial(loaded))
+        new = [path for path in model.shapes if path not in loaded]
+        params = jax.block_until_ready(loaded | model.initial_params(0, new))
         seconds = time.monotonic() - start
         done.set()
         watcher.join()

@@ -39,7 +39,7 @@ def measure(case: str) -> dict[str, int]:
     name, size, fsdp, *remat = case.split(", ")
     shape = MODELS[name] | {"image_size": int(size.split()[0])}
     mesh = gpus.mesh_of(gpus.parse("8 h100"), int(fsdp.split()[1]))
-    step, _, state = training_step(shape, mesh, "bfloat16", "blocks" if remat else "none")
+    step, _, state = training_step(shape, mesh, {"compute_dtype": "bfloat16", "remat": "blocks" if remat else "none"})
     compiled = step.lower(state, batch_shapes(shape, IMAGES * mesh.size, mesh)).compile(compiler_options=gpus.OPTIONS)
     memory = Memory.of(compiled)
     jax.clear_caches()

@@ -31,11 +31,9 @@ CASES = {
 }
 
 
-def audit(
-    machines: str, shape: dict, compute_dtype: str = "bfloat16", fsdp: int = 1, images: int = 64, **options
-) -> dict:
+def audit(machines: str, shape: dict, fsdp: int = 1, images: int = 64, **fields) -> dict:
     mesh = gpus.mesh_of(gpus.parse(machines), fsdp)
-    step, _, state = training_step(shape, mesh, compute_dtype, **options)
+    step, _, state = training_step(shape, mesh, {"compute_dtype": "bfloat16"} | fields)
     compiled = step.lower(state, batch_shapes(shape, images * mesh.size, mesh)).compile(compiler_options=gpus.OPTIONS)
     text, memory = compiled.as_text(), compiled.memory_analysis()
     return {

@@ -96,6 +96,16 @@ def test_the_classifier_is_zero_or_drawn_as_wide_as_asked_and_all_else_is_the_sa
     assert all(np.array_equal(drawn[path], zero[path]) for path in zero) and drawn.keys() == zero.keys()
 
 
+def test_some_parameters_are_drawn_as_they_are_among_all():
+    model = describe(SHAPE, 5, head_stddev=0.1)
+    everything, few = model.initial_params(3), ["classifier/kernel", "cls_token"]
+    most = [path for path in model.shapes if path not in few]
+    for paths in (few, most):
+        drawn = model.initial_params(3, paths)
+        assert list(drawn) == paths
+        assert all(np.allclose(drawn[path], everything[path], rtol=1e-6, atol=0) for path in paths)
+
+
 def test_bfloat16_computes_near_float32_with_float32_parameters():
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 16, 3)), jnp.float32)
     params = describe(SHAPE, 5).initial_params(seed=0)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,9 @@ KEPT = {
     "blocks": jax.checkpoint_policies.nothing_saveable,
     "elementwise": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+FEW = 8  # parameters, like a classifier's, that compile sooner than all the others are drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +78,20 @@ class Model:
         """
         return self.bind(params)(images, keys)
 
-    def initial_params(self, seed: int) -> dict[str, jax.Array]:
-        """Random float32 parameters by path. Can be traced under jit."""
+    def initial_params(self, seed: int, paths: Collection[str] | None = None) -> dict[str, jax.Array]:
+        """Random float32 parameters by path, all or those of some paths, on one device.
+
+        Drawn one by one: XLA would put all draws of a jitted function into one kernel, which for ViT-B takes four
+        minutes to compile for a GPU.
+        """
+        paths = self.shapes if paths is None else paths
         parts = dict(num_classes=self.num_classes, head_stddev=self.head_stddev, lora=self.lora)
-        return _by_path(VisionTransformer(**self.architecture, **parts, rngs=nnx.Rngs(seed)))
+
+        def draw() -> dict[str, jax.Array]:
+            drawn = _by_path(VisionTransformer(**self.architecture, **parts, rngs=nnx.Rngs(seed)))
+            return {path: drawn[path] for path in paths}
+
+        return jax.jit(draw)() if len(paths) < FEW else draw()
 
     @property
     def stored_paths(self) -> list[str]:

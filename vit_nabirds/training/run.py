@@ -147,12 +147,11 @@ class Run:
 
     def first_state(self, pretrained_params: dict[str, jax.Array]) -> TrainState:
         """The state of a new run before its first step."""
-
-        def initial(loaded: dict[str, jax.Array]) -> TrainState:
-            return self._initial(self.model.initial_params(self.config.seed) | loaded)
-
+        new = [path for path in self.model.shapes if path not in pretrained_params]
+        drawn = jax.device_get(self.model.initial_params(self.config.seed, new))
+        params = pretrained_params | {path: sharding.spread(x, self.mesh) for path, x in drawn.items()}
         layout = sharding.layout(self.state_shapes(), self.mesh)
-        return jax.jit(initial, out_shardings=layout)(pretrained_params)
+        return jax.jit(self._initial, out_shardings=layout)(params)
 
     def restore(self, checkpoints: Checkpoints, pretrained_params: dict[str, jax.Array]) -> TrainState:
         """The state of the newest checkpoint, on this run's devices; what checkpoints leave out is pretrained."""
