@@ -128,11 +128,10 @@ def test_the_classifier_is_loaded_only_for_its_own_species_in_any_order(folder):
     np.testing.assert_array_equal(load(folder)[1]["classifier/bias"], params["classifier/bias"])
 
 
-def test_the_log_says_what_became_of_each_tensor(folder, caplog):
-    caplog.set_level("INFO", "vit_nabirds")
-    load(folder, 24, labels=["Blue Jay"])
-    [message] = [record.getMessage() for record in caplog.records]
-    assert message.splitlines()[1:] == [
+def test_the_account_says_what_becomes_of_each_tensor(folder):
+    checkpoint = open_checkpoint(str(folder))
+    account = checkpoint.account(checkpoint.architecture | {"image_size": 24}, ["Blue Jay"])
+    assert account.splitlines()[1:] == [
         "  loaded   43 tensors (F32)",
         "  resized  positions of 2 x 2 patches to 3 x 3",
         "  new      the classifier",

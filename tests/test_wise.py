@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tiny_config import get_config
 from tiny_runs import FINISHED, train
 
@@ -170,6 +171,13 @@ def test_shares_that_cannot_be(tuned, undisturbed, tmp_path, base):
     try:
         with pytest.raises(UserError, match="there is no folder"):
             export(tuned, tmp_path / "out", wise="0.5")
+        shutil.copytree(tmp_path / "elsewhere", base)
+        tensors = load_file(base / "model.safetensors")
+        tensors["vit.encoder.layer.1.output.dense.bias"][3] += 1e-3
+        save_file(tensors, base / "model.safetensors")
+        with pytest.raises(UserError, match=f"--wise needs .* but {base} holds others now"):
+            export(tuned, tmp_path / "out", wise="0.5")
     finally:
+        shutil.rmtree(base, ignore_errors=True)
         (tmp_path / "elsewhere").rename(base)
     assert not (tmp_path / "out").exists()

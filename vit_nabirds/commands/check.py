@@ -56,7 +56,6 @@ def check(config: Config, workdir: Path, group, machines, described: bool) -> in
         fsdp = machines.per_node if config.mesh.fsdp == -1 else config.mesh.fsdp
         mesh = gpus.mesh_of(machines, fsdp) if described else devices.make_mesh(fsdp, jax.devices()[: machines.size])
     run = prepare_run(config, workdir, group, mesh)
-    run.check_pretrained()
     limit = Budget(machines, audits.share_of_memory()) if described else None
     available = limit.available if limit else memory_of(devices.own(run.mesh))
     step = audits.audit_of(run, gpus.OPTIONS if described else None, available)

@@ -1,9 +1,12 @@
 """Compare our logits for a Hugging Face checkpoint with those of transformers."""
 
+import logging
 import random
 from pathlib import Path
 
 from vit_nabirds.errors import ConfigError, UserError
+
+log = logging.getLogger("vit_nabirds")
 
 REQUIRED = ("checkpoint",)
 FLAGS = {
@@ -39,6 +42,7 @@ def verify(name: str, images: list[str], figure: Path | None, tolerance: float) 
         raise ConfigError(f"--figure={figure}: give a file in a folder that exists, with a name that ends like .png.")
     pictures = read_pictures(images)
     checkpoint = open_checkpoint(name)
+    log.info(checkpoint.account(checkpoint.architecture, checkpoint.labels))
     reference, kind = load_reference(checkpoint)
     size = checkpoint.architecture["image_size"]  # its own, because one of the references resizes positions differently
     prepare = checkpoint.preprocessing(size)

@@ -58,6 +58,7 @@ class Classifier:
             self.species, self._mesh = checkpoint.labels, devices.make_mesh()
             size, pads = checkpoint.image_size, checkpoint.pads_to_square
             architecture = checkpoint.architecture | {"image_size": size}
+            log.info(checkpoint.account(architecture, self.species))
             self._params = checkpoint.load(architecture, self.species, lambda x: devices.replicate(x, self._mesh))
             network = describe(architecture, len(self.species))
             self._prepare = checkpoint.preprocessing(size)

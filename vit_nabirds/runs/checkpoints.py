@@ -36,7 +36,7 @@ class Metadata:
     normalization: Normalization
     fingerprint: str  # of the photographs
     crop: str = "box"  # or "none": what part of the photographs the run has seen
-    base: str | None = None  # with LoRA: `base_checksum` of the weights that it changes
+    base: str | None = None  # `base_checksum` of the weights that the run started from, if they were not random
 
     @classmethod
     def from_json(cls, fields: dict) -> Self:
@@ -203,17 +203,18 @@ def _sums_on_device(x: jax.Array) -> jax.Array:
     return jnp.stack([value.astype(jnp.uint32) for value in _sums(x)])
 
 
-def base_checksum(params: Mapping[str, np.ndarray | jax.Array]) -> str:
-    """Of float32 parameters by path, as far as low-rank changes lie on top of them.
+def sha256_of(array: np.ndarray | jax.Array) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
 
-    Not of the classifier, which is trained, nor of positions: where they are resized, machines may round differently.
+
+def base_checksum(digests: Mapping[str, str]) -> str:
+    """Of the weights that a run starts from, by the `sha256_of` each float32 parameter by path.
+
+    Not of the classifier, which is new, nor of positions: where they are resized, machines may round differently.
     """
-    found = hashlib.sha256()
-    for path in sorted(params):
-        if path != "position_embeddings" and not path.startswith("classifier/") and "/lora/" not in path:
-            found.update(path.encode())
-            found.update(np.ascontiguousarray(params[path]))
-    return found.hexdigest()[:16]
+    left_out = ("position_embeddings", "classifier/")
+    kept = [f"{path} {digests[path]}" for path in sorted(digests) if not path.startswith(left_out)]
+    return hashlib.sha256("\n".join(kept).encode()).hexdigest()[:16]
 
 
 def _described(array: jax.Array | jax.ShapeDtypeStruct, found: Digest | None = None) -> list:

@@ -14,7 +14,7 @@ from vit_nabirds.models.model import Model, describe
 from vit_nabirds.models.pretrained.checkpoint import open_checkpoint
 from vit_nabirds.models.pretrained.positions import resize_positions
 from vit_nabirds.parallel import devices
-from vit_nabirds.runs.checkpoints import Checkpoints, Metadata, base_checksum, placed
+from vit_nabirds.runs.checkpoints import Checkpoints, Metadata, base_checksum, placed, sha256_of
 from vit_nabirds.runs.selection import Selection, metric_of
 
 
@@ -97,7 +97,7 @@ def base_params(metadata: Metadata) -> dict[str, np.ndarray]:
         params = _weights_of(source, metadata.architecture)
     except UserError as error:
         raise UserError(f"{need} ({error})") from None
-    if base_checksum(params) != metadata.base:
+    if base_checksum(jax.tree.map(sha256_of, params)) != metadata.base:
         raise UserError(f"{need} (others are there now).")
     return params
 

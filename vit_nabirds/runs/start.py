@@ -7,7 +7,7 @@ import numpy as np
 
 from vit_nabirds.config import Config
 from vit_nabirds.config.fields import SHAPE
-from vit_nabirds.errors import ConfigError
+from vit_nabirds.errors import ConfigError, UserError
 from vit_nabirds.models.normalization import Normalization
 from vit_nabirds.models.pretrained.checkpoint import Checkpoint, open_checkpoint
 from vit_nabirds.models.pretrained.hf_config import PARTS
@@ -15,6 +15,7 @@ from vit_nabirds.models.pretrained.names import mapping
 from vit_nabirds.models.pretrained.tensors import Tensor
 from vit_nabirds.parallel import devices
 from vit_nabirds.parallel.group import ProcessGroup
+from vit_nabirds.runs.checkpoints import base_checksum, sha256_of
 from vit_nabirds.runs.loading import LoadedRun, is_run, open_run
 
 
@@ -86,8 +87,13 @@ class _Arrays:
 def pretrained_of(run: LoadedRun, group: ProcessGroup) -> dict[str, jax.Array]:
     """The weights that a run started from, by path and without a classifier, on all of the run's devices.
 
-    UserError where they are gone.
+    UserError where they are gone or others.
     """
-    source = open_weights(run.metadata.config["model"]["pretrained"], group)
-    params = source.load(run.metadata.architecture, [], lambda array: devices.replicate(array, run.mesh))
+    name = run.metadata.config["model"]["pretrained"]
+    params = open_weights(name, group).load(
+        run.metadata.architecture, [], lambda array: devices.replicate(array, run.mesh)
+    )
+    # Earlier versions stored no checksum.
+    if run.metadata.base and base_checksum(jax.tree.map(sha256_of, params)) != run.metadata.base:
+        raise UserError(f"--wise needs the weights that the run started from, but {name} holds others now.")
     return {path: array for path, array in params.items() if not path.startswith("classifier/")}

@@ -29,7 +29,7 @@ from vit_nabirds.parallel.group import ProcessGroup
 from vit_nabirds.recipe.loss import make_loss
 from vit_nabirds.recipe.optimizer import make_optimizer, make_schedule
 from vit_nabirds.recipe.rules import Rule, parameter_rules, trained_paths
-from vit_nabirds.runs.checkpoints import Checkpoints, Metadata, base_checksum, existing, placed
+from vit_nabirds.runs.checkpoints import Checkpoints, Metadata, base_checksum, existing, placed, sha256_of
 from vit_nabirds.runs.loading import base_params
 from vit_nabirds.runs.selection import Selection, metric_of
 from vit_nabirds.runs.start import starting_point
@@ -140,11 +140,6 @@ class Run:
             return self.pretrained.load(self.model.architecture, self.metadata.species, place)
         return jax.tree.map(place, base_params(self.metadata)) if self.config.lora.rank else {}
 
-    def check_pretrained(self) -> None:
-        """UserError if weights that a new run starts from are not finite. They stay on the host."""
-        if self.pretrained is not None:
-            self.pretrained.load(self.model.architecture, self.metadata.species, np.asarray)
-
     def first_state(self, pretrained_params: dict[str, jax.Array]) -> TrainState:
         """The state of a new run before its first step."""
         new = [path for path in self.model.shapes if path not in pretrained_params]
@@ -202,8 +197,9 @@ def prepare_run(config: Config, workdir: Path, group: ProcessGroup, mesh: jax.sh
     config = _resolved(config, architecture, saved)
     classes, crop = class_names(table), settings_of(root).get("crop", "box")
     base = saved.base if saved else None
-    if config.lora.rank and pretrained:
-        base = base_checksum(pretrained.load(architecture, classes, np.asarray))
+    if pretrained:
+        log.info(pretrained.account(architecture, classes))
+        base = base_checksum(pretrained.load(architecture, classes, sha256_of))
     metadata = Metadata(config.to_dict(), architecture, classes, normalization, fingerprint(root, table), crop, base)
     if saved:
         _check_same_run(saved, metadata, config, workdir)

@@ -1,7 +1,6 @@
 """A Hugging Face checkpoint (ViT, DINOv2, DINOv2 with registers) -> parameters of our model."""
 
 import dataclasses
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +11,9 @@ from vit_nabirds.errors import UserError
 from vit_nabirds.models.normalization import Normalization
 from vit_nabirds.models.pretrained import processor
 from vit_nabirds.models.pretrained.hf_config import architecture_of, read_config, read_json
-from vit_nabirds.models.pretrained.names import check_tensors, mapping
+from vit_nabirds.models.pretrained.names import Row, check_tensors, mapping
 from vit_nabirds.models.pretrained.positions import resize_positions
 from vit_nabirds.models.pretrained.tensors import Tensor, read_tensors
-
-log = logging.getLogger("vit_nabirds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,17 +30,14 @@ class Checkpoint:
     tensors: dict[str, Tensor]
 
     def load(self, architecture: dict, labels: list[str], place: Callable = lambda array: array) -> dict:
-        """Parameters by path, float32. Gives each to `place` before reading the next; logs what became of the tensors.
+        """Parameters by path, float32. Gives each to `place` before reading the next.
 
         Resizes positions to `architecture`. Loads the classifier only if it has exactly these labels, and reorders it;
         without labels, none is wanted.
         """
-        order = self._order_of(labels) if architecture["pool"] == self.architecture["pool"] else []
-        old, new = (a["image_size"] // a["patch_size"] for a in (self.architecture, architecture))
-        params, used, resized = {}, [], "none"
-        for row in mapping(self.architecture, len(self.labels)):
-            if row.path.startswith("classifier/") and not order:
-                continue
+        order, params = self._order_of(architecture, labels), {}
+        old, new = _grids(self.architecture, architecture)
+        for row in self._used(order):
             array = self.tensors[row.name].read()
             if not np.isfinite(array).all():
                 raise UserError(f"{self.source}: the tensor {row.name!r} has values that are not finite.")
@@ -51,19 +45,29 @@ class Checkpoint:
                 array = array[order]
             elif row.path == "position_embeddings" and old != new:
                 array = resize_positions(array, new, antialias=architecture["num_registers"] > 0)
-                resized = f"positions of {old} x {old} patches to {new} x {new}"
-            used.append(row.name)
             params[row.path] = place(row.to_ours(array))
-        log.info(
-            "weights of %s\n  loaded   %d tensors (%s)\n  resized  %s\n  new      %s\n  ignored  %s",
-            self.source, len(used), ", ".join(sorted({self.tensors[name].dtype for name in used})), resized,
-            "none" if order or not labels else "the classifier",
-            ", ".join(sorted(self.tensors.keys() - used)) or "none",
-        )  # fmt: skip
         return params
 
-    def _order_of(self, labels: list[str]) -> list[int]:
-        """The classifier's row for each label; empty if its labels are others."""
+    def account(self, architecture: dict, labels: list[str]) -> str:
+        """What `load` makes of the tensors, in words."""
+        order = self._order_of(architecture, labels)
+        used, (old, new) = [row.name for row in self._used(order)], _grids(self.architecture, architecture)
+        dtypes = ", ".join(sorted({self.tensors[name].dtype for name in used}))
+        return (
+            f"weights of {self.source}\n  loaded   {len(used)} tensors ({dtypes})"
+            f"\n  resized  {'none' if old == new else f'positions of {old} x {old} patches to {new} x {new}'}"
+            f"\n  new      {'none' if order or not labels else 'the classifier'}"
+            f"\n  ignored  {', '.join(sorted(self.tensors.keys() - used)) or 'none'}"
+        )
+
+    def _used(self, order: list[int]) -> list[Row]:
+        rows = mapping(self.architecture, len(self.labels))
+        return [row for row in rows if order or not row.path.startswith("classifier/")]
+
+    def _order_of(self, architecture: dict, labels: list[str]) -> list[int]:
+        """The classifier's row for each label; empty if its labels or its input are others."""
+        if architecture["pool"] != self.architecture["pool"]:
+            return []
         if labels == self.labels:  # even with one label twice: ImageNet has two cranes
             return list(range(len(labels)))
         same = len(set(labels)) == len(labels) and set(labels) == set(self.labels)
@@ -74,6 +78,11 @@ class Checkpoint:
         if self.pads_to_square:
             return processor.padding_to_square(size, self.normalization)
         return processor.preprocessing(self.folder, size)
+
+
+def _grids(*architectures: dict) -> list[int]:
+    """Patches on each side of an image."""
+    return [a["image_size"] // a["patch_size"] for a in architectures]
 
 
 def open_checkpoint(name: str) -> Checkpoint:
