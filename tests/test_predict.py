@@ -59,6 +59,18 @@ def test_the_classifier_is_right_as_often_as_the_evaluation_says(run, exported, 
         assert ours["probability"] == pytest.approx(theirs["probability"], abs=1e-5)
 
 
+def test_views_are_those_of_the_evaluation(prepared, tmp_path):
+    from tiny_config import get_config
+
+    config = get_config()
+    config.data.root, config.evaluate.views = str(prepared), "ten"
+    assert train(Config.read(config), tmp_path, ProcessGroup()) == 0
+    written = pl.read_parquet(tmp_path / "predictions.parquet").sort("path")
+    files = [prepared / "cleaned_images" / path for path in written["path"]]
+    for answer, probabilities in zip(Classifier(workdir=tmp_path)(files), written["probabilities"], strict=True):
+        np.testing.assert_allclose(answer["probability"], probabilities, atol=1e-5)
+
+
 def test_an_image_in_memory_and_one_that_lies_on_its_side(run, test_images, tmp_path):
     upright = Image.open(test_images[0][0])
     exif = Image.Exif()

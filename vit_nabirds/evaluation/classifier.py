@@ -14,6 +14,7 @@ from PIL import Image
 from vit_nabirds.data.crops import Box, cut, place
 from vit_nabirds.data.pictures import MAX_PIXELS, Picture, open_picture
 from vit_nabirds.errors import UserError
+from vit_nabirds.evaluation.views import mean_logits, views
 from vit_nabirds.models.model import describe
 from vit_nabirds.models.pretrained.checkpoint import open_checkpoint
 from vit_nabirds.models.pretrained.hf_config import read_json
@@ -50,7 +51,7 @@ class Classifier:
             self.species, self._mesh, self._params, network = run.metadata.species, run.mesh, run.params, run.model
             size, pads = run.metadata.architecture["image_size"], True
             self._prepare = padding_to_square(size, run.metadata.normalization)
-            crop = run.metadata.crop
+            crop, kind = run.metadata.crop, run.metadata.config["evaluate"]["views"]
         else:
             checkpoint = open_checkpoint(str(model))
             if not checkpoint.labels:
@@ -62,12 +63,13 @@ class Classifier:
             self._params = checkpoint.load(architecture, self.species, lambda x: devices.replicate(x, self._mesh))
             network = describe(architecture, len(self.species))
             self._prepare = checkpoint.preprocessing(size)
-            crop = crop_of(read_json(checkpoint.folder / "preprocessor_config.json"))
+            crop, kind = crop_of(read_json(checkpoint.folder / "preprocessor_config.json")), "one"
         self._size, self._pads = size, pads
         self._max_pixels, self._crop = max_pixels, crop
 
         def top_probabilities(params: dict, images: jax.Array, topk: int) -> tuple[jax.Array, jax.Array]:
-            return jax.lax.top_k(jax.nn.softmax(network.logits(params, images)), topk)
+            logits = mean_logits(lambda x: network.logits(params, x), views(images, kind))
+            return jax.lax.top_k(jax.nn.softmax(logits), topk)
 
         self._top = network.jit(top_probabilities, static_argnums=2)
 

@@ -19,7 +19,7 @@ from vit_nabirds.data.taxonomy import Taxonomy
 from vit_nabirds.data.unread import Unread
 from vit_nabirds.errors import UserError
 from vit_nabirds.evaluation.figures import figures_of, intervals_of
-from vit_nabirds.evaluation.views import views
+from vit_nabirds.evaluation.views import mean_logits, views
 from vit_nabirds.models.model import Model
 from vit_nabirds.models.normalization import Normalization, to_float, zscore
 from vit_nabirds.parallel import devices
@@ -37,8 +37,7 @@ def make_eval_step(model: Model, normalization: Normalization, mesh: jax.shardin
     def on_device(params: dict, images: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """float32 logits (images, classes); the likeliest classes and their probabilities."""
         seen = zscore(views(to_float(images), kind), normalization)
-        logits = jax.lax.map(functools.partial(logits_of, params), seen).mean(0) if len(seen) > 1 else None
-        logits = logits_of(params, seen[0]) if logits is None else logits
+        logits = mean_logits(functools.partial(logits_of, params), seen)
         # By logits, because probabilities may be equal where logits are not.
         highest, classes = jax.lax.top_k(logits, min(5, logits.shape[-1]))
         return logits, jnp.exp(highest - jax.nn.logsumexp(logits, axis=-1, keepdims=True)), classes

@@ -1,5 +1,7 @@
 """Views of an image, whose logits an evaluation averages."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -17,6 +19,11 @@ def views(images: jax.Array, kind: str) -> jax.Array:
         return images[None]
     seen = [images, *corners(images)] if kind == "ten" else [images]
     return jnp.stack([*seen, *(image[:, :, ::-1] for image in seen)])
+
+
+def mean_logits(logits_of: Callable[[jax.Array], jax.Array], seen: jax.Array) -> jax.Array:
+    """Of normalised views, (views, n, side, side, 3), one view after another: float32 (n, classes)."""
+    return jax.lax.map(logits_of, seen).mean(0) if len(seen) > 1 else logits_of(seen[0])
 
 
 def corners(images: jax.Array) -> list[jax.Array]:
