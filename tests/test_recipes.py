@@ -9,7 +9,7 @@ from tiny_config import SHAPE
 from tiny_runs import FINISHED, STOPPED, arrays_of, at, losses, prepared_run, steps_of, terminate, train
 
 from vit_nabirds.commands.evaluate import evaluate
-from vit_nabirds.commands.export import export
+from vit_nabirds.commands.export import export, model_card
 from vit_nabirds.data.prepare import prepare
 from vit_nabirds.errors import ConfigError
 from vit_nabirds.evaluation.classifier import Classifier
@@ -74,6 +74,8 @@ def test_evaluate_repeats_what_a_training_with_all_parts_measured(all_on_run, ca
     found = json.loads(capsys.readouterr().out)["test"]
     assert found["accuracy"] == results["last"]["test"]["accuracy"]
     assert found["loss"] == pytest.approx(results["last"]["test"]["loss"], rel=1e-5)
+    card = model_card(open_run(all_on_run), "birds")
+    assert "a moving average" in card and "averaged over 2 views of each." in card
 
 
 @pytest.fixture

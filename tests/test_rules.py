@@ -121,7 +121,7 @@ def test_a_pattern_that_decides_nothing_is_an_error(values, message):
         "attn lr=1 lr=2",
         "(attn lr=1",
     ]
-    + ["attn lr=1 frozen", "attn frozen=1", "attn rate=1", "frozen", "lr=1", "attn mlp lr=1"],
+    + ["attn lr=1 frozen", "attn frozen=1", "attn frozen=", "attn rate=1", "frozen", "lr=1", "attn mlp lr=1"],
 )
 def test_a_rule_that_is_none_is_an_error_with_its_text(rule):
     with pytest.raises(ConfigError) as caught:

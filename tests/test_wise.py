@@ -120,6 +120,7 @@ def test_an_export_between_pretrained_and_tuned_weights(base, tuned, tmp_path, s
         np.testing.assert_allclose(found[path], mixed, rtol=1e-6, atol=1e-7)
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"are {share} of the fine-tuned" in card and ("% top-1" in card) == (share == "1")
+    assert (f"not yet; `evaluate --wise={share}` does" in card) == (share != "1") and "average" not in card
 
 
 def test_evaluate_scores_a_share_and_all_of_the_runs_own_is_the_run(tuned, capsys):

@@ -86,6 +86,10 @@ def model_card(opened, name: str, share: float | None = None) -> str:
     if share is not None:
         weights = f"\nThe weights, but for the classifier, are {share:g} of the fine-tuned and {1 - share:.3g} of the "
         weights += "pretrained ones (WiSE-FT)."
+    if config["ema_decay"]:
+        weights += (
+            f"\nThe fine-tuned weights are a moving average over the training's steps (decay {config['ema_decay']:g})."
+        )
     return f"""---
 library_name: transformers
 pipeline_tag: image-classification
@@ -96,7 +100,7 @@ tags: [birds, vision]
 Names {len(metadata.species):,} species of birds in photographs ({size} x {size} pixels). Fine-tuned with vit-nabirds
 from `{config["model"]["pretrained"] or "random weights"}`, and exported after step {opened.step:,}.{weights}
 
-**Measured:** {measured(opened)}.
+**Measured:** {measured(opened, share)}.
 
 **Data:** {shown} (metadata fingerprint `{metadata.fingerprint}`). If they are from NABirds,
 the Cornell Lab of Ornithology collected them, and its terms of use apply. Please credit the photographers, whom the
@@ -123,20 +127,23 @@ method than the training, which changes the probabilities slightly.
 """
 
 
-def measured(opened) -> str:
+def measured(opened, share: float | None = None) -> str:
     """The figures of the checkpoint in words: on the test photographs, or else those of its evaluation."""
+    from vit_nabirds.evaluation.views import COUNTS
+
     split, values = "test", opened.test
     if not values and opened.figures:
         split = "validation" if "val/accuracy" in opened.figures else "test"
         values = {name.partition("/")[2]: value for name, value in opened.figures.items()}
     if not values:
-        return "not evaluated at this step"
+        return "not evaluated at this step" if share is None else f"not yet; `evaluate --wise={share:g}` does"
+    views = COUNTS[opened.metadata.config["evaluate"]["views"]]
     low, high = values.get("accuracy_interval", (None, None))
     interval = f" (95 % interval: {percent(low)} to {percent(high)})" if low is not None else ""
     return (
         f"{percent(values['accuracy'])} top-1{interval}, {percent(values['top5_accuracy'])} top-5 and "
         f"{percent(values['mean_class_accuracy'])} mean per-class accuracy on {values['examples']:,} {split} "
-        "photographs"
+        f"photographs{f', averaged over {views} views of each' if views > 1 else ''}"
     )
 
 

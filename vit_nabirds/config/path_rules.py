@@ -39,7 +39,7 @@ def _rule(text: str) -> PathRule:
     try:
         re.compile(pattern)
         lr, wd = (float(given[name]) if name in given else None for name in ("lr", "wd"))
-        known = given == {"frozen": ""} or (given and given.keys() <= {"lr", "wd"})
+        known = words == ["frozen"] or (given and given.keys() <= {"lr", "wd"})
         if (
             known
             and len(given) == len(words)
