@@ -9,6 +9,9 @@ doubled. Flips and random crops, no change of tones. An average of the weights i
 
 Not measured here. Published for NABirds' 555 categories, on whole photographs: 89.9 % for ViT-B/16, 90.8 % for TransFG
 and IELT (Xu et al., 2023). Aimed at: 90.8 %. --config.data.label=category trains the 555.
+
+On 8 H100s, estimated: 2.8 GiB of each (XLA's account of the compiled step) and 12 ms a step, if it reaches a third of
+the peak, as ViT-B/16 at 224 px does on an H200: half a minute for the 2,524 steps, less than their evaluation takes.
 """
 
 from vit_nabirds import config as config_lib
