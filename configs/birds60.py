@@ -11,6 +11,15 @@ The whole network on the first ten species (270 training, 30 validation and 261 
     epoch 90.4, 96.2, 91.2, 96.6, 98.1, 97.7 %: the best of these, 98.1, would be selected on the test photographs, and
     the last, 97.7 % (255 of 261), is the result.
 
+All sixty, gentle parts of the recipe and more epochs, on 1,620 photographs, selected on 180 (75 minutes):
+    python main.py --config=configs/birds60.py --workdir=runs/birds60 \\
+        --config.model.pretrained=vit-small-patch14-224 --config.epochs=12 --config.evaluate.every="2 epochs" \\
+        --config.augment.crop=resized --config.augment.area="(0.35,1)" --config.loss.label_smoothing=0.1 \\
+        --config.model.drop_path=0.1 --config.ema_decay=0.99 --config.optimizer.layer_decay=0.75 \\
+        --config.optimizer.learning_rate=1e-4 --config.optimizer.head_multiplier=15
+    95.0 % (1,646 of 1,733; 95 % interval 93.8 to 95.9) after 10 of 12 epochs, 97.8 % on the validation photographs;
+    94.9 % after 12. This configuration as it is, on all 1,800: 88.0, 93.3 and 95.0 % (1,647) after 2, 4 and 6 epochs.
+
 The head alone: configs/linear_probe.py.
 
 On two CPU cores with one seed.
