@@ -19,7 +19,7 @@ from vit_nabirds.models.model import describe
 from vit_nabirds.models.normalization import Normalization
 from vit_nabirds.models.pretrained.checkpoint import open_checkpoint
 from vit_nabirds.recipe.loss import cross_entropy
-from vit_nabirds.runs.checkpoints import Checkpoints, Metadata, base_checksum, digest
+from vit_nabirds.runs.checkpoints import Checkpoints, Metadata, base_checksum, digest, sha256_of
 from vit_nabirds.runs.loading import open_run
 from vit_nabirds.training.gradients import loss_and_gradients
 
@@ -137,7 +137,7 @@ def save_run(workdir, source, model, parts, below="", **fields):
     config.data.root, config.model.pretrained = "birds", str(source)
     config = Config.read(config).replace(fields)
     below = below or source
-    base = base_checksum(open_checkpoint(str(below)).load(model.architecture, SPECIES)) if below else None
+    base = base_checksum(open_checkpoint(str(below)).load(model.architecture, SPECIES, sha256_of)) if below else None
     metadata = Metadata(config.to_dict(), model.architecture, SPECIES, Normalization(), "data", base=base)
     workdir.mkdir()
     (workdir / "config.json").write_text(json.dumps(config.to_dict()))
