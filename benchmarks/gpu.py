@@ -151,9 +151,7 @@ def run_parts(card: dict, quick: bool, table: Callable) -> dict:
     columns = [column for column in COLUMNS if column != "MFU %"]
     found = {}
     for case, row in zip(cases, rows, strict=True):
-        speeds = row.get("images/s"), rows[0].get("images/s")
-        ratio = speeds[0] / speeds[1] if all(isinstance(speed, float) for speed in speeds) else "–"
-        shown = {"÷ none": ratio} | {column: row.get(column, "–") for column in columns}
+        shown = {"÷ none": _ratio(row, rows[0])} | {column: row.get(column, "–") for column in columns}
         found[case.part or "none"] = row if "skipped" in row else shown
     table(f"Our step with one part more on {card['card']} (jax {card['jax']}), {plain}", found)
     return {"on": card, "step": found}
@@ -171,11 +169,18 @@ def _beside(step: dict, rows: dict[str, dict]) -> dict[str, dict]:
     """Their speeds beside that of the step, where both have been measured."""
     results = {}
     for name, row in rows.items():
-        speeds = row.get("images/s"), step.get("images/s")
-        ratio = speeds[0] / speeds[1] if all(isinstance(speed, float) for speed in speeds) else "–"
-        found = {"images/s": speeds[0], "÷ step": ratio, "waits for input %": row.get("waits for input %", "–")}
+        found = {
+            "images/s": row.get("images/s"),
+            "÷ step": _ratio(row, step),
+            "waits for input %": row.get("waits for input %", "–"),
+        }
         results[name] = row if "skipped" in row else found
     return results
+
+
+def _ratio(row: dict, other: dict) -> float | str:
+    speeds = row.get("images/s"), other.get("images/s")
+    return speeds[0] / speeds[1] if all(isinstance(speed, float) for speed in speeds) else "–"
 
 
 def _start(root: str, images: int, case: Case, stop: int) -> tuple[dict, dict]:

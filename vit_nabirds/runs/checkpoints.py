@@ -208,7 +208,7 @@ def sha256_of(array: np.ndarray | jax.Array) -> str:
 
 
 def base_checksum(digests: Mapping[str, str]) -> str:
-    """Of the weights that a run starts from, by the `sha256_of` each float32 parameter by path.
+    """Of the weights that a run starts from, by the `sha256_of` of each float32 parameter, by path.
 
     Not of the classifier, which is new, nor of positions: where they are resized, machines may round differently.
     """
