@@ -10,19 +10,21 @@ PYTHON ?= python3
 VENV ?= .venv
 # Memory in pages of 2 MB: BUILD.md, "Large pages".
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+# A process for each core, up to four; a file's tests share what is costly, so they stay together.
+PARALLEL ?= -n auto --maxprocesses=4 --dist=loadfile
 
 demo: $(VENV)/ready
 	$(VENV)/bin/python main.py
 
 test: $(VENV)/ready
-	$(VENV)/bin/python -m pytest --ignore=tests/slurm
+	$(VENV)/bin/python -m pytest --ignore=tests/slurm $(PARALLEL)
 
 test-slurm: $(VENV)/ready
 	$(VENV)/bin/python -m pytest tests/slurm
 
 test-transformers5: $(VENV)/transformers5
 	PYTHONPATH=$(VENV)/transformers5 $(VENV)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
-	PYTHONPATH=$(VENV)/transformers5 $(VENV)/bin/python -m pytest tests/test_checkpoints.py tests/test_predict.py
+	PYTHONPATH=$(VENV)/transformers5 $(VENV)/bin/python -m pytest tests/test_checkpoints.py tests/test_predict.py $(PARALLEL)
 
 benchmarks: $(VENV)/ready
 	$(VENV)/bin/python -m benchmarks --quick

@@ -9,7 +9,7 @@ once, 18 heads trained on them (six learning rates by three weight decays), the 
 All sixty (1,620, 180 and 1,733), without --config.data.root:
     82.8 % (1,435 of 1,733; 81.0 to 84.5) with 0.01 and 0.5, 88.9 % on the validation photographs
 
-The same by `train`, one head on photographs that are augmented anew in each epoch:
+The same by `train`, one head on photographs that are augmented differently in each epoch:
     python main.py --config=configs/linear_probe.py --workdir=runs/probe10 \\
         --config.data.root=data/birds10 --config.model.pretrained=vit-small-patch14-224
     95.0 % (248 of 261; 95 % interval 91.7 to 97.1) after 10 epochs, selected on the validation photographs
