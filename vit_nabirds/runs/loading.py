@@ -11,8 +11,10 @@ import numpy as np
 from vit_nabirds.config import Config
 from vit_nabirds.errors import UserError
 from vit_nabirds.models.model import Model, describe
-from vit_nabirds.models.pretrained.checkpoint import open_checkpoint
-from vit_nabirds.models.pretrained.positions import resize_positions
+from vit_nabirds.models.pretrained.checkpoint import Checkpoint, open_checkpoint
+from vit_nabirds.models.pretrained.hf_config import PARTS
+from vit_nabirds.models.pretrained.names import mapping
+from vit_nabirds.models.pretrained.tensors import Tensor
 from vit_nabirds.parallel import devices
 from vit_nabirds.runs.checkpoints import Checkpoints, Metadata, base_checksum, placed, sha256_of
 from vit_nabirds.runs.selection import Selection, metric_of
@@ -92,9 +94,11 @@ def base_params(metadata: Metadata) -> dict[str, np.ndarray]:
     UserError where they are gone or others.
     """
     source = metadata.config["model"]["pretrained"]
+    folder = Path(source).expanduser()
     need = f"the run trained low-rank changes of the weights of {source!r} and needs these: put them there again"
     try:
-        params = _weights_of(source, metadata.architecture)
+        weights = as_checkpoint(open_run(folder), folder) if is_run(folder) else open_checkpoint(source)
+        params = weights.load(metadata.architecture, [])
     except UserError as error:
         raise UserError(f"{need} ({error})") from None
     if base_checksum(jax.tree.map(sha256_of, params)) != metadata.base:
@@ -108,14 +112,26 @@ def is_run(folder: Path) -> bool:
     return named and not any(folder.glob("*.safetensors"))
 
 
-def _weights_of(source: str, architecture: dict) -> dict[str, np.ndarray]:
-    """Parameters of a run or a Hugging Face checkpoint without the classifier, its positions resized."""
-    if not is_run(folder := Path(source).expanduser()):
-        return open_checkpoint(source).load(architecture, [])
-    run = open_run(folder)
-    params = {path: np.asarray(x) for path, x in run.params.items() if not path.startswith("classifier/")}
-    old, new = (a["image_size"] // a["patch_size"] for a in (run.metadata.architecture, architecture))
-    if old != new:
-        antialias = architecture["num_registers"] > 0
-        params["position_embeddings"] = resize_positions(params["position_embeddings"], new, antialias)
-    return params
+def as_checkpoint(run: LoadedRun, folder: Path) -> Checkpoint:
+    """A run's checkpoint as if it came from the Hub."""
+    metadata, arrays = run.metadata, _Arrays(folder, run)
+    rows = mapping(metadata.architecture, len(metadata.species))
+    tensors = {row.name: Tensor(row.shape, "F32", lambda row=row: row.to_theirs(arrays.pop(row.path))) for row in rows}
+    source, size = f"{folder}, step {run.step}", metadata.architecture["image_size"]
+    architecture = PARTS | metadata.architecture  # of random weights it has no parts
+    return Checkpoint(
+        source, folder, architecture, metadata.species, size, metadata.normalization, True, tensors
+    )  # fmt: skip
+
+
+class _Arrays:
+    """The parameters of a checkpoint, each of which leaves the devices when it is taken; then they are read again."""
+
+    def __init__(self, folder: Path, run: LoadedRun) -> None:
+        self._folder, self._step, self._left = folder, run.step, dict(run.params)
+
+    def pop(self, path: str) -> np.ndarray:
+        """float32, on the host."""
+        if path not in self._left:
+            self._left = dict(open_run(self._folder, self._step).params)
+        return np.asarray(self._left.pop(path), np.float32)

@@ -3,20 +3,16 @@
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from vit_nabirds.config import Config
 from vit_nabirds.config.fields import SHAPE
 from vit_nabirds.errors import ConfigError, UserError
 from vit_nabirds.models.normalization import Normalization
 from vit_nabirds.models.pretrained.checkpoint import Checkpoint, open_checkpoint
-from vit_nabirds.models.pretrained.hf_config import PARTS
-from vit_nabirds.models.pretrained.names import mapping
-from vit_nabirds.models.pretrained.tensors import Tensor
 from vit_nabirds.parallel import devices
 from vit_nabirds.parallel.group import ProcessGroup
 from vit_nabirds.runs.checkpoints import base_checksum, sha256_of
-from vit_nabirds.runs.loading import LoadedRun, is_run, open_run
+from vit_nabirds.runs.loading import LoadedRun, as_checkpoint, is_run, open_run
 
 
 def starting_point(config: Config, group: ProcessGroup) -> tuple[dict, Normalization, Checkpoint | None]:
@@ -49,39 +45,12 @@ def open_weights(name: str, group: ProcessGroup) -> Checkpoint:
     """
     folder = Path(name).expanduser()
     if is_run(folder):
-        return weights_of_run(name, group)  # Orbax waits for all processes, so that none may go first
+        run = open_run(folder)  # Orbax waits for all processes, so that none may go first
+        shown = {"step": run.step, "data": run.metadata.fingerprint, "species": run.metadata.species}
+        group.agree(f"the run in {name}", shown, f"All nodes must see the same {name}: try again.")
+        return as_checkpoint(run, folder)
     with group.writer_first(f"weights of {name}"):  # which it may fetch from the Hub
         return open_checkpoint(name)
-
-
-def weights_of_run(name: str, group: ProcessGroup) -> Checkpoint:
-    """The selected checkpoint of a run, as if it came from the Hub."""
-    folder = Path(name).expanduser()
-    run = open_run(folder)
-    metadata = run.metadata
-    shown = {"step": run.step, "data": metadata.fingerprint, "species": metadata.species}
-    group.agree(f"the run in {name}", shown, f"All nodes must see the same {name}: try again.")
-    arrays = _Arrays(folder, run)
-    rows = mapping(metadata.architecture, len(metadata.species))
-    tensors = {row.name: Tensor(row.shape, "F32", lambda row=row: row.to_theirs(arrays.pop(row.path))) for row in rows}
-    source, size = f"{name}, step {run.step}", metadata.architecture["image_size"]
-    architecture = PARTS | metadata.architecture  # of random weights it has no parts
-    return Checkpoint(
-        source, folder, architecture, metadata.species, size, metadata.normalization, True, tensors
-    )  # fmt: skip
-
-
-class _Arrays:
-    """The parameters of a checkpoint, each of which leaves the devices when it is taken; then they are read again."""
-
-    def __init__(self, folder: Path, run: LoadedRun) -> None:
-        self._folder, self._step, self._left = folder, run.step, dict(run.params)
-
-    def pop(self, path: str) -> np.ndarray:
-        """float32, on the host."""
-        if path not in self._left:
-            self._left = dict(open_run(self._folder, self._step).params)
-        return np.asarray(self._left.pop(path), np.float32)
 
 
 def pretrained_of(run: LoadedRun, group: ProcessGroup) -> dict[str, jax.Array]:

@@ -62,7 +62,7 @@ def _train(
     """(heads, optimizer states, metrics by step), each array with the learning rates on its first axis."""
     initial, step_of = make_head_step(run, decay)
     rates, reports = jnp.asarray(rates, jnp.float32), {}
-    heads, opt_states = jax.vmap(lambda _: initial(head))(rates)
+    heads, opt_states = jax.tree.map(lambda x: jnp.stack([x] * len(rates)), (head, initial(head)))
     for step in range(1, run.plan.total_steps + 1):
         if stop.requested:
             return None
@@ -74,27 +74,31 @@ def _train(
 
 
 def make_head_step(run: Run, decay: float) -> tuple[Callable, Callable]:
-    """head -> (head, optimizer state); and jitted (rates (r,), heads, optimizer states, features (n, width), labels
-    (n,)) -> (heads, optimizer states, metrics), where all but the batch has an axis of the rates."""
+    """head -> optimizer state; and jitted (rates (r,), heads, optimizer states, features (n, width), labels (n,)) ->
+    (heads, optimizer states, metrics), where all but the batch has an axis of the rates."""
     config = run.config.replace({"optimizer.learning_rate": 1.0, "optimizer.weight_decay": decay})
     unit = make_schedule(config, run.plan)  # schedules are in proportion to their peak
     rules = parameter_rules(config, run.model)
     loss_fn = make_loss(config.loss, np.bincount(run.train_split.labels, minlength=run.model.num_classes))
-
-    def trained(head: Head) -> Head:
-        return {path: head[path] for path in trained_paths(rules)}
-
-    def initial(head: Head) -> tuple[Head, optax.OptState]:
-        return head, make_optimizer(config, unit, rules).init(trained(head))
+    trainable = trained_paths(rules)
 
     def step(rate: jax.Array, head: Head, opt_state: optax.OptState, x: jax.Array, labels: jax.Array):
-        loss_of = lambda changed: loss_fn(logits_of(head | changed, x), labels)  # noqa: E731
-        (loss, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(trained(head))
+        trained = {path: head[path] for path in trainable}
         tx = make_optimizer(config, lambda count: rate * unit(count), rules)
-        updates, opt_state = tx.update(gradients, opt_state, trained(head))
-        return head | optax.apply_updates(trained(head), updates), opt_state, {"train/loss": loss} | metrics
+        loss_and_gradients = jax.value_and_grad(_loss, has_aux=True)
+        (loss, metrics), gradients = loss_and_gradients(trained, head, x, labels, loss_fn)
+        updates, opt_state = tx.update(gradients, opt_state, trained)
+        return head | optax.apply_updates(trained, updates), opt_state, {"train/loss": loss} | metrics
+
+    def initial(head: Head) -> optax.OptState:
+        return make_optimizer(config, unit, rules).init({path: head[path] for path in trainable})
 
     return initial, jax.jit(jax.vmap(step, in_axes=(0, 0, 0, None, None)), donate_argnums=(1, 2))
+
+
+def _loss(trained: Head, head: Head, x: jax.Array, labels: jax.Array, loss_fn: Callable):
+    """(loss, metrics) of a batch; what is not trained is of `head`."""
+    return loss_fn(logits_of(head | trained, x), labels)
 
 
 def batch_of(run: Run, labels: np.ndarray, step: int) -> np.ndarray:
