@@ -1,5 +1,6 @@
 """Training: what it computes, what a run leaves behind, and when it ends with an error."""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -29,7 +30,7 @@ from vit_nabirds.evaluation.scoring import make_eval_step
 from vit_nabirds.models.model import describe
 from vit_nabirds.models.normalization import Normalization, to_float, zscore
 from vit_nabirds.models.pretrained.checkpoint import open_checkpoint
-from vit_nabirds.parallel.devices import make_mesh
+from vit_nabirds.parallel.devices import make_mesh, to_devices
 from vit_nabirds.recipe.augmentation import augment, image_keys
 from vit_nabirds.recipe.loss import cross_entropy
 from vit_nabirds.runs.loading import open_run
@@ -369,12 +370,41 @@ def test_parameters_that_overflow_are_not_saved(tiny_config, tmp_path):
     assert steps_of(tmp_path) == []
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tiny_config, tmp_path):
-    tiny_config.optimizer.name = "sgd"
-    tiny_config.optimizer.learning_rate = 1e30
-    with pytest.raises(UserError, match=r"the loss of step \d+ is (nan|inf): lower"):
+def test_a_run_whose_losses_stay_not_finite_ends_with_the_state_before_them(tiny_config, tmp_path, caplog):
+    tiny_config.optimizer.name, tiny_config.optimizer.learning_rate = "sgd", 1e30
+    tiny_config.max_bad_steps, tiny_config.checkpoint.every = 3, "1 step"
+    tiny_config.evaluate.every = "100 epochs"
+    with pytest.raises(UserError, match=r"the last 3 steps up to \d+ changed nothing, .* is saved: lower"):
         train(tiny_config, tmp_path)
-    assert steps_of(tmp_path) == []
+    steps = [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl") if "train/bad_steps" in line]
+    assert steps == list(range(steps[0], steps[0] + len(steps))) and len(steps) in (3, 4)
+    rows = next(line["rows"] for line in read_metrics(tmp_path / "metrics.jsonl") if line["step"] == steps[0])
+    assert len(set(rows)) == 8
+    assert f"step {steps[0]} changed nothing: its loss is nan, the norm of its gradient nan. It had " in caplog.text
+    kept = [arrays_of(tmp_path, step) for step in steps_of(tmp_path)]
+    assert steps_of(tmp_path)[-1] == steps[-1]
+    assert all(np.isfinite(x).all() for x in kept[-1].values())
+    tiny_config.max_bad_steps = 2  # may change, and the same command goes on from what is saved
+    with pytest.raises(UserError, match=f"the last 2 steps up to {steps[-1] + 3}"):
+        train(tiny_config, tmp_path)
+
+
+@pytest.mark.parametrize("fields", [{}, {"mesh.fsdp": 2, "ema_decay": 0.9}])
+def test_a_step_whose_loss_is_not_finite_changes_nothing_but_the_step(tiny_config, tmp_path, fields):
+    tiny_config.update_from_flattened_dict(fields | {"optimizer.warmup": "0 steps"})
+    run = prepared_run(tiny_config, tmp_path)
+    step, batch = run.compile_step(), next(run.batches())
+    bad = batch | {"label": np.full_like(batch["label"], 99)}  # no class has this number, so the loss is NaN
+    batch, bad = (to_devices(x, run.mesh) for x in (batch, bad))
+    first = jax.device_get(run.first_state({}))
+    after, metrics = step(run.first_state({}), bad)
+    assert not metrics["finite"] and np.isnan(metrics["train/loss"])
+    changed = jax.tree.map(lambda old, new: not np.array_equal(old, new), first, jax.device_get(after))
+    assert changed.step and not any(jax.tree.leaves(dataclasses.replace(changed, step=False)))
+    after, metrics = step(after, batch)
+    assert metrics["finite"] and np.isfinite(metrics["train/loss"])
+    moved = jax.tree.map(lambda old, new: not np.array_equal(old, new), first, jax.device_get(after))
+    assert any(moved.params.values())
 
 
 def test_evaluate_scores_other_photographs_of_the_same_species(undisturbed, prepared, tmp_path, capsys, caplog):

@@ -263,6 +263,9 @@ class Config:
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)
     checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+    max_bad_steps: int = _field(
+        10, "the run ends after so many steps in a row whose loss or gradient is not finite; they change nothing", COUNT
+    )
     log_every: int = _field(50, "steps", POSITIVE)
     profile: StepRange = _field("", "'10-12' writes a trace of these steps into the workdir's tensorboard/", STEP_RANGE)
     remat: str = _field(
@@ -416,7 +419,7 @@ def _as_written(section: Any) -> dict:
 # the losses, by rounding.
 FREE_ON_RESUME = re.compile(
     r"data\.(root|synthetic|on_error|max_skipped|workers)|cpu_devices|checkpoint\..*|evaluate\.(every|patience)|log_every|profile"
-    r"|remat|microbatch|mesh\.fsdp|model\.pretrained"
+    r"|max_bad_steps|remat|microbatch|mesh\.fsdp|model\.pretrained"
 )
 
 

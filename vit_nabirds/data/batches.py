@@ -61,12 +61,25 @@ def train_block(
     each = batch_size // repeats
     places = _positions(0, batch_size, shard) % each
     draws, copies = np.unique(places, return_inverse=True) if repeats > 1 else (places, None)
-    epochs, places = np.divmod(step * each + draws, len(photographs))
-    orders = {epoch: epoch_order(seed, int(epoch), photographs.labels, sampling) for epoch in set(epochs)}
-    tries = np.arange(_TRIES if skip else 1)
-    slots = [orders[epoch][(place + tries) % len(photographs)] for epoch, place in zip(epochs, places, strict=True)]
-    batch = _read(photographs, slots)
+    batch = _read(photographs, _candidates(photographs, seed, step * each + draws, sampling, _TRIES if skip else 1))
     return batch if copies is None else {name: values[copies] for name, values in batch.items()}
+
+
+def rows_of_step(
+    photographs: Photographs, batch_size: int, seed: int, step: int, sampling: str = "uniform", repeats: int = 1
+) -> list[int]:
+    """Rows of the photographs in the global batch of a step, each once, if all of them can be read."""
+    each = batch_size // repeats
+    slots = _candidates(photographs, seed, step * each + np.arange(each), sampling, tries=1)
+    return photographs.rows[np.concatenate(slots)].tolist()
+
+
+def _candidates(photographs: Photographs, seed: int, draws: np.ndarray, sampling: str, tries: int) -> list[np.ndarray]:
+    """For each draw of the training, counted from its start, its photograph and those that may take its place."""
+    epochs, places = np.divmod(draws, len(photographs))
+    orders = {epoch: epoch_order(seed, int(epoch), photographs.labels, sampling) for epoch in set(epochs)}
+    places = places[:, None] + np.arange(tries)
+    return [orders[epoch][place % len(photographs)] for epoch, place in zip(epochs, places, strict=True)]
 
 
 def check_repeats(batch_size: int, repeats: int) -> None:

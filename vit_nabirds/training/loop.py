@@ -24,7 +24,7 @@ def fit(
     tracer: Tracer,
     stop: StopRequest,
 ) -> int:
-    """Train from the run's start to its end or until it has converged, or until a stop is requested. Returns the last
+    """Train from the run's start to its end or until it has converged, diverged or been asked to stop. Returns the last
     step, which is saved."""
     plan, mesh, step = run.plan, run.mesh, run.start
     # A run that was stopped between a checkpoint and its evaluation owes the evaluation. False: stopped again.
@@ -47,6 +47,7 @@ def fit(
         reporter.add(step, metrics)  # reports the step before, so that the devices always have work
         tracer.end(step, metrics)
         stopping, overdue = np.asarray(votes)
+        stopping |= reporter.has_diverged
 
         if plan.saves(step) or plan.evaluates(step) or overdue or stopping:  # the last step is always evaluated
             reporter.flush()

@@ -2,17 +2,21 @@
 
 import collections
 import contextlib
-import math
+import logging
 import time
 from collections.abc import Iterator
 
 import jax
 
+from vit_nabirds.data.batches import rows_of_step
 from vit_nabirds.errors import UserError
 from vit_nabirds.runs.tracker import Tracker
 from vit_nabirds.training.run import Run
 
+log = logging.getLogger("vit_nabirds")
+
 METRICS = ("train/loss", "train/accuracy", "train/learning_rate", "train/gradient_norm")
+NAMED = 8  # photographs of a step in the log; metrics.jsonl has all
 DIVERGED = (
     "lower config.optimizer.learning_rate, lengthen config.optimizer.warmup or set config.optimizer.clip_norm=1, and "
     "start in a new --workdir."
@@ -20,11 +24,15 @@ DIVERGED = (
 
 
 class Reporter:
-    """Reports each step one step late, when its metrics have been computed; a loss that is not finite ends the run."""
+    """Reports each step one step late, when its metrics have been computed.
+
+    Counts the steps that changed nothing, because their loss or gradient was not finite.
+    """
 
     def __init__(self, run: Run, tracker: Tracker) -> None:
-        self._plan, self._batch_size, self._tracker = run.plan, run.config.batch_size, tracker
+        self._run, self._plan, self._batch_size, self._tracker = run, run.plan, run.config.batch_size, tracker
         self._unreported = collections.deque()
+        self._bad, self._bad_in_a_row = 0, 0
         self.restart(run.start)
 
     @contextlib.contextmanager
@@ -42,6 +50,19 @@ class Reporter:
         """Report all steps; waits for the devices."""
         self._report(keep=0)
 
+    @property
+    def has_diverged(self) -> bool:
+        """Whether so many steps in a row changed nothing that the run must end."""
+        return self._bad_in_a_row >= self._run.config.max_bad_steps
+
+    def check(self, step: int) -> None:
+        """UserError if the run has diverged; `step` is its last, which is saved."""
+        if self.has_diverged:
+            raise UserError(
+                f"the last {self._bad_in_a_row} steps up to {step} changed nothing, because their loss or gradient was "
+                f"not finite. The state before them is saved: {DIVERGED}"
+            )
+
     def restart(self, step: int) -> None:
         """Measure the speed from now on, at the end of `step`."""
         self._since, self._started, self._waited = step, time.monotonic(), 0.0
@@ -49,12 +70,29 @@ class Reporter:
     def _report(self, keep: int) -> None:
         while len(self._unreported) > keep:
             step, metrics = self._unreported.popleft()
-            if not math.isfinite(loss := float(metrics["train/loss"])):
-                raise UserError(f"the loss of step {step} is {loss}: {DIVERGED}")
-            if self._plan.logs(step):
+            if not metrics["finite"]:
+                self._report_bad(step, metrics)
+            elif self._plan.logs(step):
                 values = {name: float(metrics[name]) for name in METRICS} | self._speed(step)
                 self._tracker.scalars(step, values, records=int(metrics["records"]))
+            if not self.has_diverged:
+                self._bad_in_a_row = 0 if metrics["finite"] else self._bad_in_a_row + 1
             self._tracker.progress(step)
+
+    def _report_bad(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        run, self._bad = self._run, self._bad + 1
+        data = run.config.data
+        rows = rows_of_step(
+            run.train_split, self._batch_size, run.config.seed, step - 1, data.sampling, data.repeats
+        )  # fmt: skip
+        names = run.table[rows[:NAMED]]["path"].to_list()
+        more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
+        loss, norm = float(metrics["train/loss"]), float(metrics["train/gradient_norm"])
+        self._tracker.scalars(step, {"train/bad_steps": self._bad}, rows=rows)
+        log.warning(
+            "step %d changed nothing: its loss is %g, the norm of its gradient %g. It had %s%s.",
+            step, loss, norm, ", ".join(names), more,
+        )  # fmt: skip
 
     def _speed(self, step: int) -> dict[str, float]:
         """Images per second, and the share of the time that the host waited for input, since the last report."""

@@ -45,6 +45,7 @@ def make_train_step(
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """Jitted (state, batch) -> (state, metrics). The state is donated; metrics are means over the global batch.
 
+    Where the loss or a gradient is not finite, the state stays as it was, but for its step, and `finite` is False.
     With `microbatch`, each device works on so many of its images at once.
     """
     add_up = functools.partial(mean_over_devices, model, config.gradient_dtype)
@@ -77,16 +78,21 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         loss, metrics, gradients = gradients_of(state.params, state.step, batch["image"], batch["label"])
-        params = {path: state.params[path] for path in trainable}
-        updates, opt_state = tx.update(gradients, state.opt_state, params)
+        norm = optax.tree.norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        before = {path: state.params[path] for path in trainable}, state.opt_state, state.ema
+        updates, opt_state = tx.update(gradients, state.opt_state, before[0])
+        params = optax.apply_updates(before[0], updates)
+        average = ema(state.ema, params, config.ema_decay, state.step) if config.ema_decay else None
+        after = jax.tree.map(functools.partial(jnp.where, finite), (params, opt_state, average), before)
+        params, opt_state, average = after
         metrics |= {
             "train/loss": loss,
             "train/learning_rate": schedule(state.step),
-            "train/gradient_norm": optax.tree.norm(gradients),
+            "train/gradient_norm": norm,
             "records": checksum(batch["row"]),
+            "finite": finite,
         }
-        params = optax.apply_updates(params, updates)
-        average = ema(state.ema, params, config.ema_decay, state.step) if config.ema_decay else None
         state = dataclasses.replace(
             state, step=state.step + 1, params=state.params | params, opt_state=opt_state, ema=average
         )

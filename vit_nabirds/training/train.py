@@ -82,6 +82,7 @@ def train(config: Config, workdir: Path, group: ProcessGroup) -> int:
         batches = stack.enter_context(contextlib.closing(run.batches()))
         step = fit(run, state, batches, reporter, saver, evaluator, tracer, stop)
         checkpoints.wait()
+        reporter.check(step)
 
         ended = step == run.plan.total_steps or run.has_converged
         results = evaluator.finish(step) if ended and not evaluator.is_behind(step) else None
