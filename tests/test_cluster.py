@@ -1,74 +1,20 @@
-"""What Slurm says about a process, and how the processes of a job meet and end."""
+"""How the processes of a job meet and end."""
 
 import json
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from vit_nabirds.errors import ConfigError, UserError
+from vit_nabirds.parallel.accelerators import Seen
 from vit_nabirds.parallel.group import ProcessGroup
-from vit_nabirds.parallel.launchers import Launch, check_same_program, join, launched_by_slurm
+from vit_nabirds.parallel.launchers import check_same_program, join
 
 REPOSITORY = Path(__file__).parent.parent
-STEP = {
-    "SLURM_JOB_ID": "1000",
-    "SLURM_STEP_ID": "0",
-    "SLURM_STEP_NODELIST": "gpu[007-009,12],login1",
-    "SLURM_STEP_NUM_NODES": "2",
-    "SLURM_STEP_NUM_TASKS": "8",
-    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
-    "SLURM_NODEID": "1",
-    "SLURM_PROCID": "6",
-    "SLURM_LOCALID": "2",
-}
-
-
-@pytest.mark.parametrize(
-    "environ, gpus, devices",
-    [
-        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, 0, [2]),  # --gpus-per-node=4: each task sees those of all
-        ({"CUDA_VISIBLE_DEVICES": "0", "SLURM_GPUS_PER_TASK": "1"}, 0, None),  # each task sees its own as number 0
-        ({"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_PER_TASK": "h100:2"}, 0, None),
-        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_GPUS_PER_TASK": "1"}, 0, [2]),  # with --gpu-bind=none
-        ({"CUDA_VISIBLE_DEVICES": ",".join("01234567")}, 0, [4, 5]),
-        ({}, 4, [2]),  # a cluster that hides nothing
-        ({}, 0, None),  # no GPU
-        ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, 0, None),  # one task for each node
-        ({"SLURM_STEP_TASKS_PER_NODE": "2,1", "CUDA_VISIBLE_DEVICES": "0,1"}, 0, None),
-    ],
-)
-def test_a_task_gets_its_own_gpus(environ, gpus, devices):
-    assert launched_by_slurm(STEP | environ, gpus).local_device_ids == devices
-
-
-def test_gpus_that_tasks_cannot_share_are_an_error():
-    with pytest.raises(UserError, match="4 tasks cannot share the 6 GPUs of .* equally: .*--ntasks-per-node=6"):
-        launched_by_slurm(STEP, gpus=6)
-
-
-@pytest.mark.parametrize(
-    "environ, coordinator",
-    [
-        ({}, "gpu007:64344"),
-        ({"SLURM_STEP_NODELIST": "login1,gpu[1-3]"}, "login1:64344"),
-        ({"SLURM_STEP_NODELIST": "rack[2-3]gpu[10-11]"}, "rack2gpu10:64344"),
-        ({"SLURM_STEP_NUM_NODES": "1"}, "127.0.0.1:64344"),  # whatever its name resolves to
-        ({"SLURM_STEP_ID": "1"}, "gpu007:64345"),  # two steps of a job do not meet
-        ({"JAX_COORDINATOR_PORT": "5000"}, "gpu007:5000"),
-    ],
-)
-def test_the_first_process_is_the_coordinator(environ, coordinator):
-    launch = launched_by_slurm(STEP | environ, gpus=0)
-    assert launch == Launch(coordinator, num_processes=8, process_id=6)
-
-
-def test_alone_without_srun():
-    assert launched_by_slurm({}) is None
-    assert launched_by_slurm({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}) is None  # a batch script
-    assert launched_by_slurm(STEP | {"SLURM_STEP_NUM_TASKS": "1"}) is None
 
 
 @pytest.mark.parametrize(
@@ -109,6 +55,7 @@ def test_a_process_alone_is_a_group_of_one(monkeypatch, tmp_path, capfd):
 
 END = """
 import sys
+from vit_nabirds.parallel.accelerators import Seen
 from vit_nabirds.parallel.group import ProcessGroup
 process_id, how, host, port = int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
 group = ProcessGroup(process_id, 3)
@@ -181,8 +128,8 @@ def test_the_messages_are_lines_of_json():
     say(connect(), job="another job", process=1, node="stranger")
     peers = [connect(), connect()]
     for number, peer in enumerate(peers, start=1):
-        say(peer, job="none.none", process=number, node=f"node{number}")
-    assert [hear(peer) for peer in peers] == [{"met": True}] * 2
+        say(peer, job="none.none", process=number, node=f"node{number}", gpus=[], allocated=0)
+    assert [hear(peer) for peer in peers] == [{"met": True, "own": None}] * 2
     say(peers[0], goodbye=True)
     say(peers[1], code=7, message="process 2 of 3 on node2: it rains")
     assert hear(peers[0]) == {"code": 7}
@@ -194,6 +141,23 @@ def test_those_that_are_missing_are_named():
     group = ProcessGroup(0, 3)
     with pytest.raises(UserError, match=r"process 1, 2 of 3 did not reach process 0 on .* within 0 s"):
         group.meet("127.0.0.1", free_port(), timeout=0.2)
+
+
+def test_processes_that_see_the_same_gpus_are_given_each_its_own_by_process_0():
+    port, groups = free_port(), [ProcessGroup(number, 3) for number in range(3)]
+    seen = [Seen("a", ["GPU-1", "GPU-2"]), Seen("a", ["GPU-1", "GPU-2"]), Seen("b", ["GPU-3"])]
+    with ThreadPoolExecutor() as pool:
+        own = list(pool.map(lambda group: group.meet("127.0.0.1", port, 20, seen[group.process_id]), groups))
+    assert own == [[0], [1], None]
+
+
+def test_a_wait_for_slow_processes_names_them_again_and_again(monkeypatch, capfd):
+    monkeypatch.setattr("vit_nabirds.parallel.group.REMINDER", 0.1)
+    with pytest.raises(UserError):
+        ProcessGroup(0, 300).meet("127.0.0.1", free_port(), timeout=0.35)
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert lines[0] == "waiting for process 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 289 more of 300, 0 s more"
 
 
 def test_a_port_in_use_and_a_host_without_an_address():

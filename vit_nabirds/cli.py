@@ -25,10 +25,11 @@ EXIT_CODES = (
     "failure."
 )
 CLUSTER = {
-    "coordinator": (str, "HOST:PORT of process 0 (default: from Slurm)."),
-    "num_processes": (int, "Number of processes (default: from Slurm; else 1)."),
-    "process_id": (int, "Number of this process, from 0 on (default: from Slurm)."),
-    "start_timeout": (45, "Seconds for all processes to meet."),
+    "coordinator": (str, "HOST:PORT of process 0 (default: from the launcher)."),
+    "num_processes": (int, "Number of processes (default: from the launcher; else 1)."),
+    "process_id": (int, "Number of this process, from 0 on (default: from the launcher)."),
+    "start_timeout": (300, "Seconds for all processes to meet."),
+    "allow_idle_gpus": (False, "Train also where GPUs of the job would be idle."),
 }
 KINDS = {
     str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_boolean,
@@ -71,14 +72,12 @@ def main(argv: list[str]) -> int:
         try:
             options = parse(name, command, argv)
         except ConfigError:
-            if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":  # all tasks fail alike: let one of them say why
-                with contextlib.suppress(UserError):
-                    group = launchers.join()
+            with contextlib.suppress(UserError):  # all tasks fail alike: let one of them say why
+                group = launchers.join()
             raise
         log_to_stderr()
         if command.PARALLEL:
-            names = ("coordinator", "num_processes", "process_id", "start_timeout")
-            group = launchers.join(*(options[name].value for name in names))
+            group = launchers.join(*(options[name].value for name in CLUSTER))
             if not group.is_writer:
                 logging.getLogger("vit_nabirds").setLevel(logging.ERROR)
         elif signal.getsignal(signal.SIGINT) is _stop_at_once:  # alone, it can clean up

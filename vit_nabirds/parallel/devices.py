@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vit_nabirds.errors import ConfigError
-from vit_nabirds.parallel.launchers import tasks_by_node
+from vit_nabirds.parallel.launchers import processes_of_first_node
 from vit_nabirds.parallel.sharding import AXES
 
 
@@ -28,7 +28,7 @@ def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mes
 
     `fsdp` -1 stands for all devices of a node. ConfigError if the devices cannot be split like that.
     """
-    tasks = tasks_by_node()[0] if devices is None else 1  # of the first node, on all of them
+    tasks = processes_of_first_node() if devices is None else 1  # taken to be those of every node
     devices = sorted(jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id))
     if fsdp == -1:
         fsdp = tasks * sum(device.process_index == devices[0].process_index for device in devices)

@@ -14,10 +14,11 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from vit_nabirds.errors import ConfigError, UserError, message_of, say
+from vit_nabirds.parallel.accelerators import Seen, Share, share
 
 NODE = os.environ.get("SLURMD_NODENAME", socket.gethostname())
 LOCAL_ID = os.environ.get("SLURM_LOCALID")  # process 1 and the first task of each node report what all find out
@@ -28,6 +29,7 @@ LOST = (
     "process {} of {} on {} ended without a word: killed, or out of memory?" + SEE + " The same command goes on from "
     "the last checkpoint."
 )
+REMINDER = 20.0  # seconds between two lines about who is missing
 DAY = 24 * 3600 * 1000  # milliseconds; a peer that fails meanwhile ends the wait
 
 
@@ -45,12 +47,19 @@ class ProcessGroup:
         """Whether this process writes logs, events and configuration."""
         return self.process_id == 0
 
-    def meet(self, host: str, port: int, timeout: float) -> None:
-        """Connect to the others within `timeout` seconds, else UserError. From then on the end of one ends all."""
+    def meet(
+        self, host: str, port: int, timeout: float, seen: Seen | None = None, share: Share = share
+    ) -> list[int] | None:
+        """Connect to the others within `timeout` seconds, else UserError. From then on the end of one ends all.
+
+        Process 0 hears which GPUs each sees and shares them out. Returns this one's share.
+        """
+        seen = seen or Seen(NODE, [])
         if self.is_writer:
-            self._peers = self._wait_for_others(port, timeout)
+            self._peers, own = self._wait_for_others(port, timeout, seen, share)
         else:
-            self._peers = {0: (self._report_to_first(host, port, timeout), host)}
+            connection, own = self._report_to_first(host, port, timeout, seen)
+            self._peers = {0: (connection, host)}
         for connection, _ in self._peers.values():
             connection.settimeout(None)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -59,6 +68,7 @@ class ProcessGroup:
                     connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)
         for process_id, peer in self._peers.items():
             threading.Thread(target=self._listen, args=[process_id, *peer], daemon=True).start()
+        return own
 
     def barrier(self, name: str) -> None:
         """Return when all processes have reached the barrier of this name."""
@@ -159,9 +169,12 @@ class ProcessGroup:
                 _write(connection, words)
                 connection.shutdown(socket.SHUT_WR)
 
-    def _wait_for_others(self, port: int, timeout: float) -> dict[int, tuple[socket.socket, str]]:
-        """Process 0: connection and node of each other process."""
-        deadline, peers = time.monotonic() + timeout, {}
+    def _wait_for_others(
+        self, port: int, timeout: float, seen: Seen, share: Share
+    ) -> tuple[dict[int, tuple[socket.socket, str]], list[int] | None]:
+        """Process 0: connection and node of each other process, and its own share of the GPUs."""
+        deadline, peers, cards = time.monotonic() + timeout, {}, {0: seen}
+        reminder = time.monotonic() + REMINDER
         ipv6 = dict(family=socket.AF_INET6, dualstack_ipv6=True) if socket.has_dualstack_ipv6() else {}
         try:
             server = socket.create_server(("", port), backlog=self.num_processes, **ipv6)
@@ -172,28 +185,45 @@ class ProcessGroup:
             ) from None
         with server:
             while len(peers) < self.num_processes - 1 and (left := deadline - time.monotonic()) > 0:
-                server.settimeout(left)
+                if time.monotonic() >= reminder:
+                    reminder += REMINDER
+                    say(f"waiting for process {self._missing(peers)} of {self.num_processes}, {left:.0f} s more")
+                server.settimeout(max(0.01, min(left, reminder - time.monotonic())))
                 with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
                     connection, _ = server.accept()
                     connection.settimeout(5)
                     hello = _read(connection)
                     number, node = hello["process"], hello["node"]
                     if hello["job"] == JOB and type(number) is int and 0 < number < self.num_processes:
+                        cards[number] = Seen(str(node), list(map(str, hello["gpus"])), int(hello["allocated"]))
                         peers[number] = connection, str(node)
-        missing = [str(number) for number in range(1, self.num_processes) if number not in peers]
-        for connection, _ in peers.values():
-            with contextlib.suppress(OSError):
-                _write(connection, {"met": not missing})
-        if missing:
-            raise UserError(
-                f"process {', '.join(missing)} of {self.num_processes} did not reach process 0 on {NODE}, port {port}, "
-                f"within {timeout:.0f} s: look above for why they ended; give slow ones more time with "
-                "--start_timeout."
+        shares, problem = {}, None
+        if missing := self._missing(peers):
+            problem = UserError(
+                f"process {missing} of {self.num_processes} did not reach process 0 on {NODE}, port {port}, within "
+                f"{timeout:.0f} s: look above for why they ended; give slow ones more time with --start_timeout."
             )
-        return peers
+        else:
+            try:
+                shares = share([cards[number] for number in range(self.num_processes)])
+            except UserError as error:
+                problem = error
+        for number, (connection, _) in peers.items():
+            with contextlib.suppress(OSError):
+                _write(connection, {"met": not problem, "own": None if problem else shares[number]})
+        if problem:
+            raise problem
+        return peers, shares[0]
 
-    def _report_to_first(self, host: str, port: int, timeout: float) -> socket.socket:
-        """Other processes: the connection to process 0."""
+    def _missing(self, peers: Collection[int]) -> str:
+        """Those that have not come yet, like '1, 3, 5 and 250 more'."""
+        missing = [str(number) for number in range(1, self.num_processes) if number not in peers]
+        return ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+
+    def _report_to_first(
+        self, host: str, port: int, timeout: float, seen: Seen
+    ) -> tuple[socket.socket, list[int] | None]:
+        """Other processes: the connection to process 0, and the share of the GPUs."""
         deadline, problem = time.monotonic() + timeout, None
         try:
             socket.getaddrinfo(host, port)
@@ -206,7 +236,7 @@ class ProcessGroup:
             answer = {}
             try:
                 connection = socket.create_connection((host, port), timeout=5)
-                _write(connection, {"job": JOB, "process": self.process_id, "node": NODE})
+                _write(connection, {"job": JOB, "process": self.process_id, **seen._asdict()})
                 connection.settimeout(timeout + 5)
                 answer = _read(connection)
             except OSError as error:
@@ -214,7 +244,7 @@ class ProcessGroup:
             except ValueError:
                 problem = "it ended"
             if answer.get("met"):
-                return connection
+                return connection, answer["own"]
             if answer:
                 os._exit(1)  # others are missing; process 0 says which
             time.sleep(0.1)
@@ -249,9 +279,9 @@ def _write(connection: socket.socket, words: dict) -> None:
 
 
 def _read(connection: socket.socket) -> dict:
-    """The next line, at most 500 bytes in the connection's timeout, and not a byte more: the rest is `_listen`'s."""
+    """The next line, at most 4,000 bytes in the connection's timeout, and not a byte more: the rest is `_listen`'s."""
     line, deadline = b"", time.monotonic() + connection.gettimeout()
-    while not line.endswith(b"\n") and len(line) < 500 and time.monotonic() < deadline:
+    while not line.endswith(b"\n") and len(line) < 4000 and time.monotonic() < deadline:
         if not (byte := connection.recv(1)):
             break
         line += byte

@@ -1,107 +1,197 @@
-"""Which process of a job this is, where the others are and which GPUs it has: from Slurm, or from flags."""
+"""Which process of a job this is, and where the others are: from Slurm or another launcher, or from flags."""
 
 import atexit
 import dataclasses
-import glob
+import functools
 import hashlib
 import importlib.metadata
 import logging
 import os
 import platform
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from vit_nabirds.errors import ConfigError, UserError
+from vit_nabirds.parallel import accelerators
 from vit_nabirds.parallel.group import NODE, ProcessGroup, split_address
+
+log = logging.getLogger("vit_nabirds")
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "dm-pix", "orbax-checkpoint", "numpy")  # they change results
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One process of several. `local_device_ids` None: every device that it sees is its own."""
+    """One process of several."""
 
     coordinator: str  # host:port of process 0
     num_processes: int
     process_id: int
-    local_device_ids: list[int] | None = None
 
 
-def launched_by_slurm(environ: Mapping[str, str] = os.environ, gpus: int | None = None) -> Launch | None:
-    """What Slurm says about this task; None if it is not one of several tasks that srun started.
+class Names(NamedTuple):
+    """The variables in which a launcher says which process of how many this is, how many run on its node, and where
+    process 0 listens."""
 
-    `gpus` is the number of the node's GPUs when CUDA_VISIBLE_DEVICES does not say which are the task's.
+    process_id: str
+    num_processes: str
+    on_node: str = ""
+    host: str = ""
+    port: str = ""
+
+
+LAUNCHERS = {
+    "mpirun": Names("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),  # Open MPI
+    "mpiexec": Names("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS"),  # MPICH and Intel MPI
+    "torchrun": Names("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    "Kubernetes": Names("PROCESS_ID", "NUM_PROCESSES", "", "COORDINATOR_ADDRESS", "COORDINATOR_PORT"),  # a JAXJob
+}
+_SLURM = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES", "SLURM_PROCID")
+_SAY_WHERE = "say where process 0 is: --coordinator=HOST:PORT, or MASTER_ADDR in the environment of all processes."
+
+
+def launched(environ: Mapping[str, str] = os.environ) -> Launch | None:
+    """What the environment says about this process; None if it is not one of several that a launcher started.
+
+    mpirun and torchrun come first: srun may have started them. ConfigError for half an environment.
     """
-    if int(environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
+    found = launched_by_slurm(environ)
+    for launcher, names in LAUNCHERS.items():
+        place = [environ.get(name) for name in names[:2]]
+        if None in place or place[1] == "1" or not all(map(str.isdecimal, place)):
+            continue
+        process_id, num_processes = map(int, place)
+        if found and (found.process_id, found.num_processes) == (process_id, num_processes):
+            return found  # srun has said it in the words of MPI too
+        return Launch(_coordinator(launcher, names, environ), num_processes, process_id)
+    if found is None and "PMIX_RANK" in environ and "SLURM_JOB_ID" not in environ:
+        if "OMPI_COMM_WORLD_SIZE" not in environ:
+            raise ConfigError(
+                "an MPI launcher has started this process (PMIX_RANK), but does not say how many there are: give "
+                "--num_processes, --process_id and --coordinator=HOST:PORT."
+            )
+    return found
+
+
+def launched_by_slurm(environ: Mapping[str, str] = os.environ) -> Launch | None:
+    """What Slurm says about this task; None if it is not one of several tasks that srun started."""
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks == "1" or _is_interactive(environ):
         return None
-    # Steps of one job that share a node get different ports, above those that the kernel hands out.
-    port = 61440 + (7 * int(environ["SLURM_JOB_ID"]) + int(environ["SLURM_STEP_ID"])) % 4096
-    port = environ.get("JAX_COORDINATOR_PORT", port)
-    nodes = environ["SLURM_STEP_NODELIST"]  # like 'gpu[007-009,12],login1'
-    first = re.sub(r"\[(\w+)[^]]*]", r"\1", nodes).split(",")[0]
-    host = first if int(environ["SLURM_STEP_NUM_NODES"]) > 1 else "127.0.0.1"
-    return Launch(
-        f"{host}:{port}",
-        int(environ["SLURM_STEP_NUM_TASKS"]),
-        int(environ["SLURM_PROCID"]),
-        _gpus_of_task(environ, len(glob.glob("/dev/nvidia[0-9]*")) if gpus is None else gpus),
-    )
-
-
-def tasks_by_node(environ: Mapping[str, str] = os.environ) -> list[int]:
-    """How many tasks of this job step run on each node; [1] without Slurm."""
-    # '2(x3),1': two tasks on each of three nodes and one on the fourth
-    counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
-    return [int(tasks) for tasks, nodes in counts for _ in range(int(nodes or 1))]
-
-
-def _gpus_of_task(environ: Mapping[str, str], gpus: int) -> list[int] | None:
-    """Indices of a task's GPUs among those it sees; None when they are all its own."""
-    tasks = tasks_by_node(environ)[int(environ["SLURM_NODEID"])]
-    if "CUDA_VISIBLE_DEVICES" in environ:
-        gpus = len([name for name in environ["CUDA_VISIBLE_DEVICES"].split(",") if name])
-    # With --gpus-per-task (a number, or 'h100:1') Slurm shows each task its own GPUs alone, or those of all tasks.
-    own = int(environ.get("SLURM_GPUS_PER_TASK", "1").split(":")[-1])
-    if tasks == 1 or gpus in (0, own):
-        return None
-    if gpus % tasks:
-        raise UserError(
-            f"{tasks} tasks cannot share the {gpus} GPUs of {NODE} equally: start one task for each "
-            f"GPU (--ntasks-per-node={gpus}) or for each node (--ntasks-per-node=1)."
+    if int(environ.get("SLURM_HET_SIZE", 1)) > 1:
+        raise ConfigError(
+            "this is a heterogeneous job (SLURM_HET_SIZE), whose parts count their tasks apart: submit a job of equal "
+            "nodes."
         )
-    share, local = gpus // tasks, int(environ["SLURM_LOCALID"])
-    return list(range(local * share, (local + 1) * share))
+    if missing := [name for name in _SLURM if not environ.get(name)]:
+        raise ConfigError(
+            f"srun has started {tasks} tasks (SLURM_STEP_NUM_TASKS), but {missing[0]} is missing in the environment: "
+            "pass all of SLURM_* on, or unset SLURM_STEP_NUM_TASKS to train in one process."
+        )
+    host = "127.0.0.1" if environ["SLURM_STEP_NUM_NODES"] == "1" else first_host(environ)
+    try:
+        # Steps of one job that share a node get different ports, above those that the kernel hands out.
+        port = 61440 + (7 * int(environ["SLURM_JOB_ID"]) + int(environ["SLURM_STEP_ID"])) % 4096
+        port = environ.get("JAX_COORDINATOR_PORT", port)
+        return Launch(f"{host}:{port}", int(tasks), int(environ["SLURM_PROCID"]))
+    except ValueError as error:
+        raise ConfigError(
+            f"a number in the environment of Slurm is none ({error}): start the tasks with srun."
+        ) from None
+
+
+def first_host(environ: Mapping[str, str]) -> str:
+    """The node of task 0, of 'gpu[007-009,12],login1' the first, but with --distribution=arbitrary that of the file."""
+    if environ.get("SLURM_DISTRIBUTION") == "arbitrary":
+        try:
+            return Path(environ["SLURM_HOSTFILE"]).read_text().split()[0].split("*")[0]
+        except (KeyError, OSError, IndexError):
+            raise ConfigError(f"with --distribution=arbitrary nothing but SLURM_HOSTFILE, {_SAY_WHERE}") from None
+    return re.sub(r"\[(\w+)[^]]*]", r"\1", environ["SLURM_STEP_NODELIST"]).split(",")[0]
+
+
+def _is_interactive(environ: Mapping[str, str]) -> bool:
+    """Whether the user has typed the command in the shell that `srun --pty` has opened as the first of its tasks."""
+    return "SLURM_PTY_PORT" in environ and sys.stdin is not None and sys.stdin.isatty()
+
+
+def _coordinator(launcher: str, names: Names, environ: Mapping[str, str]) -> str:
+    """HOST:PORT of process 0."""
+    host, port = environ.get(names.host or "MASTER_ADDR"), environ.get(names.port or "MASTER_PORT")
+    if host is None and environ.get(names.on_node) == environ[names.num_processes]:
+        host = "127.0.0.1"
+    if host is None:
+        raise ConfigError(
+            f"{launcher} has started {environ[names.num_processes]} processes on several nodes: {_SAY_WHERE}"
+        )
+    if port is None:  # all processes of a node have one parent; on several nodes they need a port that is fixed
+        port = 61440 + (os.getppid() % 4096 if host == "127.0.0.1" else 0)
+    if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun itself listens on its port
+        port = int(port) + 1
+    return f"{host}:{environ.get('JAX_COORDINATOR_PORT', port)}"
+
+
+def processes_of_first_node(environ: Mapping[str, str] = os.environ) -> int:
+    """How many processes of this job run on the node of process 0; 1 where no launcher says more."""
+    for names in LAUNCHERS.values():
+        if environ.get(names.on_node, "").isdecimal() and environ.get(names.num_processes, "1") != "1":
+            return int(environ[names.on_node])
+    # '2(x3),1': two tasks on each of three nodes and one on the fourth
+    first = re.match(r"\d+", environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    return int(first[0]) if first and not _is_interactive(environ) else 1
+
+
+def why_alone(environ: Mapping[str, str] = os.environ) -> str | None:
+    """A line for the user whose one process is in an allocation for several."""
+    tasks = environ.get("SLURM_NTASKS", "1")
+    if "SLURM_JOB_ID" not in environ or tasks == "1":
+        return None
+    return f"this allocation has {tasks} tasks, but srun did not start this process as one of them: it works alone"
 
 
 def join(
-    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None, timeout: int = 45
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    timeout: int = 300,
+    allow_idle: bool = False,
 ) -> ProcessGroup:
-    """The group of this job's processes, given here or by Slurm; a group of one without either.
+    """The group of this job's processes, given here or by a launcher; a group of one without either.
 
-    UserError if they do not all meet within `timeout` seconds.
+    UserError if they do not all meet within `timeout` seconds, or if a GPU would be shared or idle.
     """
-    launch = launched_by_slurm()
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
-    if any(value is not None for value in given.values()):
+    if all(value is None for value in given.values()):
+        launch = launched()
+    else:
+        launch = launched_by_slurm() if None in given.values() else None
         given = {name: getattr(launch, name, None) if value is None else value for name, value in given.items()}
         if missing := [f"--{name}" for name, value in given.items() if value is None]:
             raise ConfigError(f"a process of several that srun did not start needs {' and '.join(missing)} too.")
-        launch = Launch(**given, local_device_ids=launch.local_device_ids if launch else None)
+        launch = Launch(**given)
+    seen = accelerators.see(NODE)
+    unused = accelerators.check_plugin(seen.gpus)
     if launch is None:
+        for line in filter(None, [why_alone(), unused]):
+            log.warning("%s", line)
         return ProcessGroup()
     address = split_address(launch.coordinator, launch.num_processes, launch.process_id)
     group = ProcessGroup(launch.process_id, launch.num_processes)
-    group.meet(*address, timeout)
+    own = group.meet(*address, timeout, seen, functools.partial(accelerators.share, allow_idle=allow_idle))
     try:
-        _initialize_jax(launch, group)
+        if unused and not allow_idle:
+            raise UserError(f"{unused[:-1]}, or pass --allow_idle_gpus.")
+        _initialize_jax(launch, group, own)
     except Exception as error:
         group.fail_with(error)
     return group
 
 
-def _initialize_jax(launch: Launch, group: ProcessGroup) -> None:
-    """Connect the group's JAX runtimes, before JAX touches a device."""
+def _initialize_jax(launch: Launch, group: ProcessGroup, own: list[int] | None) -> None:
+    """Connect the group's JAX runtimes, before JAX touches a device. `own`: of the GPUs that it sees; None: all."""
     import jax
 
     # Its handler of SIGTERM would replace ours; the processes agree on the step to stop at by `devices.any_process`.
@@ -110,7 +200,7 @@ def _initialize_jax(launch: Launch, group: ProcessGroup) -> None:
         launch.coordinator,
         launch.num_processes,
         launch.process_id,
-        local_device_ids=launch.local_device_ids,
+        local_device_ids=own,
         cluster_detection_method="deactivate",
         heartbeat_timeout_seconds=60,
     )
