@@ -70,7 +70,7 @@ source "$environment"
 export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1} # memory in pages of 2 MB: BUILD.md
 mkdir -p "$workdir" || exit 1
 preempted=no
-trap 'preempted=yes' TERM # preemption signals this shell too, but it must live on to requeue the job
+trap 'preempted=yes' TERM USR1 USR2 # preemption signals this shell too, but it must live on to requeue the job
 code=0
 if [ -n "${STAGE:-}" ]; then
     srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 launch/stage_data.sh "$STAGE" || code=$?

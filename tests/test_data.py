@@ -1,8 +1,10 @@
 """Batches: a pure function of (seed, step), the same for any number of hosts and workers; clear errors."""
 
 import contextlib
+import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import grain
 import numpy as np
@@ -20,6 +22,7 @@ from vit_nabirds.data.synthetic import draw_archive
 from vit_nabirds.data.table import class_names, fingerprint, read_table
 from vit_nabirds.data.unread import Unread
 from vit_nabirds.errors import ConfigError, UserError
+from vit_nabirds.parallel.preemption import SIGNALS
 
 
 @pytest.fixture
@@ -113,24 +116,39 @@ def test_evaluation_sees_every_test_image_once(prepared, hosts, batch_size):
 
 def test_worker_processes_ignore_signals_and_start_no_jax_backend(train_split):
     blocks = grain.MapDataset.range(1).map(_look_around)
-    with contextlib.closing(batches._iterate(blocks, workers=1)) as iterator:
-        assert next(iterator) == {"jax_backends": 0, "blocked": 2}
+    with contextlib.closing(batches._iterate(blocks, workers=1, is_packed=False, batch_bytes=0)) as iterator:
+        assert next(iterator) == {"jax_backends": 0, "blocked": 4}
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())  # the main process receives them
 
 
 def _look_around(_):
     from jax._src import xla_bridge
 
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGTERM, signal.SIGINT}
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(SIGNALS)
     return {"jax_backends": len(xla_bridge._backends), "blocked": len(blocked)}
 
 
 def test_worker_count_follows_the_share_of_cpus(monkeypatch):
-    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr("vit_nabirds.parallel.cpus._quotas", lambda _: [])
     assert batches.worker_count(-1) == 7 and batches.worker_count(-1, is_packed=True) == 0
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
     assert batches.worker_count(-1) == 0
     assert batches.worker_count(3) == batches.worker_count(3, is_packed=True) == 3
+
+
+def test_batches_of_workers_fit_into_shared_memory(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr("vit_nabirds.parallel.cpus._quotas", lambda _: [])
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=64 * 2**20))  # as in Docker
+    batch = 128 * 269 * 269 * 3
+    assert batches.worker_count(-1, batch_bytes=batch, shared=tmp_path) == 0
+    assert batches.worker_count(-1, batch_bytes=batch // 8, shared=tmp_path) == 4
+    assert batches.worker_count(4, batch_bytes=batch // 8, shared=tmp_path) == 4
+    assert batches.worker_count(4, batch_bytes=batch, shared=tmp_path / "none") == 4
+    message = r"workers is 5, .* need 66 MiB of .*, but 64 MiB are free there: use at most 4 \(0: threads\)"
+    with pytest.raises(ConfigError, match=message):
+        batches.worker_count(5, batch_bytes=batch // 8, shared=tmp_path)
 
 
 def test_more_workers_than_the_cpus_can_feed_are_refused(monkeypatch):

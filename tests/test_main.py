@@ -57,7 +57,7 @@ def test_trace_is_the_same_on_one_two_and_four_devices(main, undisturbed, tmp_pa
         assert json.loads((workdir / "results.json").read_text())["test"]["examples"] == 15
 
 
-@pytest.mark.parametrize("number, workers", [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
+@pytest.mark.parametrize("number, workers", [(signal.SIGTERM, 1), (signal.SIGINT, 0), (signal.SIGUSR1, 1)])
 def test_a_signal_saves_and_exits_with_75_and_the_same_command_goes_on(main, tmp_path, number, workers):
     """The signal goes to the whole process group, as Slurm's and the terminal's do, workers included."""
     command = [*main.tiny, f"--workdir={tmp_path / 'run'}", f"--config.data.workers={workers}", "--config.epochs=20000"]
@@ -76,6 +76,13 @@ def test_a_signal_saves_and_exits_with_75_and_the_same_command_goes_on(main, tmp
     output, _ = going_on.communicate(timeout=120)
     assert going_on.returncode == 75, output
     assert list(losses(tmp_path / "run")) == list(range(1, max(losses(tmp_path / "run")) + 1))
+
+
+def test_a_signal_that_is_left_out_of_stop_signals_is_ignored(main, tmp_path):
+    running = held(main, "compiling the training step", "--config.stop_signals=INT,TERM")
+    running.send_signal(signal.SIGUSR1)
+    output, _ = running.communicate(timeout=120)
+    assert running.returncode == 0 and "stopping" not in output, output
 
 
 def held(main, moment, *arguments):
@@ -255,6 +262,14 @@ USAGE = {
     "no configuration file": (["--config=nothing.py"], "the configuration file 'nothing.py' cannot be read"),
     "wrong value": (["--config.optimizer.name=lamb"], "optimizer.name is 'lamb': it must be 'adamw' or 'sgd'"),
     "no data": (["--config.data.root=", "--config.data.synthetic=False"], "config.data.root is empty"),
+    "workdir in a bucket": (["--workdir=gs://b/run"], "--workdir=gs://b/run is an address, and the program reads and"),
+    "one slash": (["evaluate", "--workdir=s3:/b/run"], "--workdir=s3:/b/run is an address"),
+    "data in a bucket": (["--config.data.root=gs://b/birds"], "--config.data.root=gs://b/birds is an address"),
+    "weights with a scheme": (
+        ["--config.model.pretrained=hf://a/b"],
+        "--config.model.pretrained=hf://a/b is an address",
+    ),
+    "a signal that is none": (["--config.stop_signals=TERM,HUP"], "'TERM,HUP': it must be out of TERM,INT,USR1,USR2"),
     "process of several": (["--coordinator=localhost:6000"], "needs --num_processes and --process_id too"),
 }
 

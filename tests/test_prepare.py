@@ -21,7 +21,6 @@ from vit_nabirds.data.pictures import Picture
 from vit_nabirds.data.prepare import prepare
 from vit_nabirds.data.synthetic import draw_archive
 from vit_nabirds.errors import ConfigError, UserError
-from vit_nabirds.parallel.cpus import cpu_share
 from vit_nabirds.parallel.locks import lock
 
 RED, GREEN, BLUE, GREY, BLACK = (220, 40, 40), (40, 180, 60), (40, 60, 200), (128, 128, 128), (0, 0, 0)
@@ -394,13 +393,6 @@ def test_out_must_not_be_a_file_or_the_images_of_the_archive(painted_archive, tm
     assert not (painted_archive / "images/new").exists()
     with pytest.raises(UserError, match="Put that right or choose another --out"):
         prepare(painted_archive, tmp_path / "file/below")
-
-
-def test_cpu_share_comes_from_slurm_or_the_affinity_mask(monkeypatch):
-    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "7")
-    assert cpu_share() == 7
-    monkeypatch.delenv("SLURM_CPUS_PER_TASK")
-    assert 1 <= cpu_share() <= os.cpu_count()
 
 
 def folders_of(folder: Path, **files: dict[str, bytes | Image.Image]) -> Path:

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -40,7 +41,7 @@ HELP = {"--help", "-help", "-h"}
 
 
 def console() -> None:
-    """The program. SIGTERM or Ctrl-C before the work begins stops it at once: nothing is lost."""
+    """The program. A signal to stop before the work begins stops it at once: nothing is lost."""
     for number in SIGNALS:
         signal.signal(number, _stop_at_once)
     for name in ("stdin", "stdout", "stderr"):  # some daemons start programs with closed ones
@@ -112,7 +113,25 @@ def parse(name: str, command: ModuleType, argv: list[str]) -> flags.FlagValues:
         raise ConfigError(explain(error, argv)) from None
     if missing := [f"--{flag}" for flag in command.REQUIRED if values[flag].value is None]:
         raise ConfigError(f"{name} needs {' and '.join(missing)}")
+    refuse_addresses(values)
     return values
+
+
+def refuse_addresses(values: flags.FlagValues) -> None:
+    """ConfigError for an address like gs://bucket/run, which would be taken for a folder in the current one."""
+    given = {flag: value for flag, value in values.flag_values_dict().items() if flag != "config"}
+    if "config" in values:
+        given |= {
+            "config.data.root": values.config.data.root,
+            "config.model.pretrained": values.config.model.pretrained,
+        }
+    for flag, value in given.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", text):
+                raise ConfigError(
+                    f"--{flag}={text} is an address, and the program reads and writes files: mount that storage (as "
+                    "gcsfuse and s3fs do) and give the folder, or copy it here."
+                )
 
 
 def with_configuration(command: ModuleType, argv: list[str]) -> list[str]:

@@ -263,6 +263,10 @@ class Config:
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)
     checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+    stop_signals: str = _field(
+        "TERM,INT,USR1,USR2", "signals that save and stop the run, of these four; the others are ignored",
+        Check(lambda x: set(x.split(",")) <= {"TERM", "INT", "USR1", "USR2"}, "out of TERM,INT,USR1,USR2, with commas"),
+    )  # fmt: skip
     max_bad_steps: int = _field(
         10, "the run ends after so many steps in a row whose loss or gradient is not finite; they change nothing", COUNT
     )
@@ -419,7 +423,7 @@ def _as_written(section: Any) -> dict:
 # the losses, by rounding.
 FREE_ON_RESUME = re.compile(
     r"data\.(root|synthetic|on_error|max_skipped|workers)|cpu_devices|checkpoint\..*|evaluate\.(every|patience)|log_every|profile"
-    r"|max_bad_steps|remat|microbatch|mesh\.fsdp|model\.pretrained"
+    r"|max_bad_steps|stop_signals|remat|microbatch|mesh\.fsdp|model\.pretrained"
 )
 
 

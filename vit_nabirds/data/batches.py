@@ -2,10 +2,13 @@
 
 import contextlib
 import functools
+import math
+import shutil
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from multiprocessing import resource_tracker
+from pathlib import Path
 
 import grain
 import numpy as np
@@ -15,8 +18,11 @@ from vit_nabirds.data.photographs import Photographs
 from vit_nabirds.data.sampling import epoch_order
 from vit_nabirds.errors import ConfigError, UserError
 from vit_nabirds.parallel.cpus import cpu_share
+from vit_nabirds.parallel.preemption import SIGNALS
 
 Batch = dict[str, np.ndarray]
+BUFFER = 2  # batches that wait for the training, of each worker
+SHARED = Path("/dev/shm")
 _TRIES = 32  # photographs in a row; if none of them can be read, the storage has failed
 
 
@@ -36,7 +42,8 @@ def train_batches(
     block = functools.partial(
         train_block, photographs, batch_size, seed, shard=shard, skip=skip, sampling=sampling, repeats=repeats
     )
-    return _iterate(grain.MapDataset.range(start, sys.maxsize).map(block), workers, photographs.is_packed)
+    blocks = grain.MapDataset.range(start, sys.maxsize).map(block)
+    return _iterate(blocks, workers, photographs.is_packed, batch_bytes(photographs, batch_size, shard))
 
 
 def train_block(
@@ -100,7 +107,8 @@ def eval_batches(
     """
     block = functools.partial(_eval_block, photographs, batch_size, shard, skip)
     steps = -(-len(photographs) // batch_size)
-    return _iterate(grain.MapDataset.range(steps).map(block), workers, photographs.is_packed)
+    blocks = grain.MapDataset.range(steps).map(block)
+    return _iterate(blocks, workers, photographs.is_packed, batch_bytes(photographs, batch_size, shard))
 
 
 def _eval_block(
@@ -144,6 +152,11 @@ def _positions(step: int, batch_size: int, shard: grain.sharding.ShardOptions) -
     return step * batch_size + shard.shard_index * share + np.arange(share)
 
 
+def batch_bytes(photographs: Photographs, batch_size: int, shard: grain.sharding.ShardOptions) -> int:
+    """Of the images of this host's block of a batch."""
+    return batch_size // shard.shard_count * photographs.size**2 * 3
+
+
 def check_workers(workers: int) -> None:
     """Raise ConfigError for more worker processes than this machine can feed."""
     most = 4 * cpu_share()
@@ -153,15 +166,27 @@ def check_workers(workers: int) -> None:
         )
 
 
-def worker_count(workers: int, is_packed: bool = False) -> int:
-    """The number of worker processes, 0 for threads. -1 leaves one core free, and means 0 for a pack or two cores."""
+def worker_count(workers: int, is_packed: bool = False, batch_bytes: int = 0, shared: Path = SHARED) -> int:
+    """The number of worker processes, 0 for threads. -1 leaves one core free, and means 0 for a pack or two cores.
+
+    Workers pass batches on in shared memory. -1 takes as many as fit there; ConfigError if those asked for do not.
+    """
     check_workers(workers)
     share = cpu_share()
-    return workers if workers >= 0 else (0 if share <= 2 or is_packed else min(share - 1, 16))
+    wanted = workers if workers >= 0 else (0 if share <= 2 or is_packed else min(share - 1, 16))
+    free, each = shutil.disk_usage(shared).free if shared.is_dir() else math.inf, (BUFFER + 2) * batch_bytes
+    fitting = wanted if wanted * each <= free else int(free // each)
+    if fitting < wanted and workers > 0:
+        raise ConfigError(
+            f"config.data.workers is {workers}, whose batches need {wanted * each / 2**20:,.0f} MiB of {shared}, but "
+            f"{free / 2**20:,.0f} MiB are free there: use at most {fitting} (0: threads), pack the folder (`prepare "
+            "--pack`), or make it larger (docker run --shm-size)."
+        )
+    return fitting
 
 
-def _iterate(blocks: grain.MapDataset, workers: int, is_packed: bool = False) -> Iterator[Batch]:
-    workers = worker_count(workers, is_packed)
+def _iterate(blocks: grain.MapDataset, workers: int, is_packed: bool, batch_bytes: int) -> Iterator[Batch]:
+    workers = worker_count(workers, is_packed, batch_bytes)
     if not flags.FLAGS.is_parsed():  # in a notebook; Grain's worker pool reads its own flags
         flags.FLAGS.mark_as_parsed()
     # The buffer counts batches: Grain's default of 500 would hold tens of gigabytes. One thread reads 15 to 30
@@ -170,20 +195,21 @@ def _iterate(blocks: grain.MapDataset, workers: int, is_packed: bool = False) ->
     dataset = blocks.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads))
     if not workers:
         return iter(dataset)
-    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=BUFFER)
     return _without_signals(iter(dataset.mp_prefetch(options)))
 
 
 def _without_signals(batches: grain.DatasetIterator) -> Iterator[Batch]:
-    """Keep SIGTERM and Ctrl-C from the worker processes, which the first batch starts.
+    """Keep SIGNALS from the worker processes, which the first batch starts.
 
     Slurm and the terminal signal every process of a job, but the main process decides when its workers end. A process
     inherits the signals that its parent blocks, and so ignores them from its first instruction on.
     """
     sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")  # it cleans up after a stop
-    resource_tracker.ensure_running()  # started later, it would unblock the signals
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
+        resource_tracker.ensure_running()  # it unblocks two of the signals, also where it is started later
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         first = next(batches)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)

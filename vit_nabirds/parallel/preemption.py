@@ -1,4 +1,4 @@
-"""Requests to stop: SIGTERM from the cluster, Ctrl-C from the user."""
+"""Requests to stop: SIGTERM, SIGUSR1 or SIGUSR2 from the cluster, Ctrl-C from the user."""
 
 import contextlib
 import multiprocessing
@@ -6,31 +6,33 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Self
 
 from vit_nabirds.errors import say
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request with everything saved; the same command goes on
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
-    """While entered, SIGTERM or Ctrl-C sets `requested`, and the work ends at the next safe point.
+    """While entered, a signal out of `signals` sets `requested`, and the work ends at the next safe point. Others of
+    SIGNALS are ignored.
 
     A second signal, more than a second later (srun and the terminal may send the first one twice), kills the process at
     once; the last complete checkpoint stays. `speaks`: this process answers the user, at once, with a line. Outside the
     main thread, where Python takes no signals, nothing is requested.
     """
 
-    def __init__(self, speaks: bool = True) -> None:
+    def __init__(self, speaks: bool = True, signals: Collection[signal.Signals] = SIGNALS) -> None:
+        self._signals = signals
         self.requested = False
         self.since = 0.0
         self._busy_with = ""
         self._speaks = speaks
 
     def __enter__(self) -> Self:
-        self._hearing = _hearing(self._heard, self._request)
+        self._hearing = _hearing(self._heard, self._request, self._signals)
         self._hearing.__enter__()
         return self
 
@@ -63,7 +65,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def ends_at_once(clean_up: Callable[[], object]) -> Iterator[None]:
-    """While entered, SIGTERM or Ctrl-C cleans up and ends the process, also in the middle of a compilation.
+    """While entered, each of SIGNALS cleans up and ends the process, also in the middle of a compilation.
 
     For work that leaves nothing behind. Outside the main thread, where Python takes no signals, nothing changes.
     """
@@ -78,8 +80,10 @@ def ends_at_once(clean_up: Callable[[], object]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _hearing(heard: Callable[[], None], handler: Callable[..., None]) -> Iterator[None]:
-    """While entered, SIGTERM and Ctrl-C call `heard` in a thread that reads them from a pipe.
+def _hearing(
+    heard: Callable[[], None], handler: Callable[..., None], signals: Collection[signal.Signals] = SIGNALS
+) -> Iterator[None]:
+    """While entered, these signals call `heard` in a thread that reads them from a pipe; others of SIGNALS are ignored.
 
     The main thread may be deep in a compilation or a collective. The handler is for signals that an event loop of a
     library takes from the pipe meanwhile.
@@ -92,13 +96,13 @@ def _hearing(heard: Callable[[], None], handler: Callable[..., None]) -> Iterato
 
     def listen() -> None:
         while number := os.read(read, 1):
-            if number[0] in SIGNALS:
+            if number[0] in signals:
                 heard()
 
     thread = threading.Thread(target=listen, daemon=True)
     thread.start()
     previous_pipe = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    previous = {number: signal.signal(number, handler) for number in SIGNALS}
+    previous = {n: signal.signal(n, handler if n in signals else signal.SIG_IGN) for n in SIGNALS}
     try:
         yield
     finally:

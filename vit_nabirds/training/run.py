@@ -16,7 +16,7 @@ import polars as pl
 from vit_nabirds.config import Config
 from vit_nabirds.config.fields import SHAPE, differences, flat
 from vit_nabirds.config.plan import Plan
-from vit_nabirds.data.batches import check_repeats, check_workers, train_batches
+from vit_nabirds.data.batches import batch_bytes, check_repeats, check_workers, train_batches, worker_count
 from vit_nabirds.data.photographs import Photographs, check_labels, check_sizes, open_split
 from vit_nabirds.data.table import class_differences, class_names, fingerprint, read_table, settings_of
 from vit_nabirds.data.taxonomy import Taxonomy, read_taxonomy
@@ -187,6 +187,8 @@ def prepare_run(config: Config, workdir: Path, group: ProcessGroup, mesh: jax.sh
     train_split, test_split = (open_split(root, table, split) for split in ("train", "test"))
     validation_split = open_split(root, table, "validation") if config.data.validation else None
     plan = Plan.of(config, len(train_split))
+    shard = grain.sharding.ShardByJaxProcess(drop_remainder=True)
+    worker_count(config.data.workers, train_split.is_packed, batch_bytes(train_split, config.batch_size, shard))
 
     _check_workdir(workdir)
     saved_steps, saved = existing(workdir / "checkpoints")

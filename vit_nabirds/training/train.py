@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import logging
+import signal
 import time
 from pathlib import Path
 
@@ -43,7 +44,8 @@ FINISHED = 0
 def train(config: Config, workdir: Path, group: ProcessGroup) -> int:
     """Train or resume the run in `workdir`; returns the exit code: 0 finished, 75 stopped with everything saved."""
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopRequest(speaks=group.is_writer))
+        signals = {signal.Signals[f"SIG{name}"] for name in config.stop_signals.split(",")}
+        stop = stack.enter_context(StopRequest(group.is_writer, signals))
         if config.data.synthetic:
             with group.writer_first("drawing"):
                 prepare_synthetic(Path(config.data.root), config.model.image_size)
