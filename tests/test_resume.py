@@ -12,6 +12,7 @@ from vit_nabirds.commands.evaluate import evaluate
 from vit_nabirds.errors import UserError
 from vit_nabirds.parallel.locks import lock
 from vit_nabirds.runs.files import crc32_of
+from vit_nabirds.runs.metrics import split_metrics
 from vit_nabirds.runs.selection import Selection
 
 
@@ -244,10 +245,6 @@ def test_damage_in_a_workdir_is_reported(undisturbed, tiny_config, tmp_path):
     with pytest.raises(UserError, match="checkpoints/20 is damaged"):
         evaluate(run, 20)
     shutil.rmtree(run / "checkpoints" / "20")
-    with (run / "metrics.jsonl").open("a") as metrics:
-        metrics.write("half a li\n")
-    with pytest.raises(UserError, match=r"metrics.jsonl, line \d+ is not JSON with a step"):
-        train(tiny_config, run)
     (run / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json is damaged"):
         evaluate(run)
@@ -255,6 +252,32 @@ def test_damage_in_a_workdir_is_reported(undisturbed, tiny_config, tmp_path):
     shutil.copy(undisturbed / "results.json", run)
     with pytest.raises(UserError, match="results of a run whose checkpoints are gone"):
         train(tiny_config, run)
+
+
+DAMAGED_LINES = [
+    b"half a li", b"", b"\xff\xfe", b"7", b"[1]", b"null", b'"step"', b"{}", b'{"step": true}', b'{"step": 1.5}',
+    b'{"step": -1}', b'{"step": 1, "train/loss": "1"}', b'{"step": 1, "train/loss": NaN}', b'{"step": 1, "time": 1e999}',
+    b'{"step": 1, "epoch": 1' + 400 * b"0" + b"}", b"[" * 100_000, b'{"step": 1' + 5000 * b"0" + b"}",
+]  # fmt: skip
+
+
+def test_lines_of_the_log_that_cannot_be_read_are_set_aside(undisturbed, tiny_config, tmp_path, caplog):
+    run = shutil.copytree(undisturbed, tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_bytes(b"".join([lines[0], *(line + b"\n" for line in DAMAGED_LINES), *lines[1:]]))
+    shutil.rmtree(run / "checkpoints" / "20")
+    assert train(tiny_config, run) == FINISHED and losses(run) == losses(undisturbed)
+    assert (run / "metrics.damaged").read_bytes() == b"".join(line + b"\n" for line in DAMAGED_LINES)
+    assert f"{len(DAMAGED_LINES)} line(s) could not be read and are in metrics.damaged now" in caplog.text
+
+
+def test_no_flipped_bit_in_the_log_stops_a_reader(undisturbed, tmp_path):
+    whole, file = (undisturbed / "metrics.jsonl").read_bytes()[:500], tmp_path / "metrics.jsonl"
+    for place in range(len(whole)):
+        for bit in range(8):
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            values, damaged = split_metrics(file)
+            assert whole.count(b"\n") - 2 < len(values) + len(damaged) < whole.count(b"\n") + 2
 
 
 def test_a_workdir_in_which_another_process_trains_is_refused(undisturbed, tiny_config, tmp_path):

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from vit_nabirds.config.plan import Plan
 from vit_nabirds.runs.grid import draw_grid
-from vit_nabirds.runs.metrics import read_metrics
+from vit_nabirds.runs.metrics import split_metrics
 
 log = logging.getLogger("vit_nabirds")
 
@@ -26,7 +26,13 @@ class Tracker:
         self._plan, self._is_writer = plan, is_writer
         if is_writer:
             file = workdir / "metrics.jsonl"
-            lines = [line for line in read_metrics(file) if line["step"] <= start]  # later ones are trained again
+            lines, damaged = split_metrics(file)
+            if damaged:
+                aside = file.with_suffix(".damaged")
+                with aside.open("ab") as unread:
+                    unread.writelines(line + b"\n" for line in damaged)
+                log.warning("%s: %d line(s) could not be read and are in %s now", file, len(damaged), aside.name)
+            lines = [line for line in lines if line["step"] <= start]  # later ones are trained again
             partial = file.with_suffix(".partial")
             partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
             partial.replace(file)
