@@ -81,8 +81,9 @@ if [ $code -eq 0 ]; then
     code=$?
 fi
 
-# 75: stopped on request, everything saved. 128 and above: a process was killed. Any other code is final.
-if [ $code -ne 75 ] && [ $code -lt 128 ]; then exit $code; fi
+# 75: stopped on request, everything saved. 74: trouble of a node or of storage. 128 and above: a process was killed.
+# Any other code is final.
+if [ $code -ne 75 ] && [ $code -ne 74 ] && [ $code -lt 128 ]; then exit $code; fi
 this=$SLURM_JOB_ID # for the last task of an array it names the whole array
 [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || this=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 newest=$(ls "$workdir/checkpoints" 2> /dev/null | grep -x '[0-9]*' | sort -n | tail -n 1)

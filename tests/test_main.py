@@ -1,5 +1,6 @@
 """The command line: commands, exit codes, signals, devices, messages."""
 
+import errno
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from vit_nabirds.config.fields import fields
 from vit_nabirds.data.photographs import open_split
 from vit_nabirds.data.synthetic import draw_archive
 from vit_nabirds.data.table import read_table
+from vit_nabirds.errors import ConfigError, UserError, exit_code_of
 from vit_nabirds.runs.metrics import read_metrics
 
 REPOSITORY = Path(__file__).parent.parent
@@ -409,3 +411,35 @@ def test_a_full_disk_is_one_message():
     error = ValueError("RESOURCE_EXHAUSTED: Error writing local file: No space left on device [os_error_code='28']")
     assert message_of(error).startswith("No space left on device: make room, and run the same command again")
     assert message_of(ValueError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")) is None
+
+
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (UserError("x"), 1),
+        (ConfigError("x"), 2),
+        (ZeroDivisionError(), 1),
+        (OSError(errno.ENOENT, "x"), 1),
+        (OSError(errno.EFBIG, "x"), 1),
+        (OSError(errno.ESTALE, "Stale file handle"), 74),
+        (OSError(errno.ENOSPC, "x"), 74),
+        (ValueError("Error writing local file: No space left on device [os_error_code='28']"), 74),
+        (MemoryError(), 74),
+        (RuntimeError("can't start new thread"), 74),
+        (RuntimeError("INTERNAL: CUDA error: an uncorrectable ECC error"), 74),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate"), 1),
+    ],
+)
+def test_what_may_be_gone_later_has_its_exit_code(error, code):
+    assert exit_code_of(error) == code
+
+
+def test_a_loader_worker_that_is_killed_is_one_message(main, tmp_path):
+    running = main(*main.tiny, f"--workdir={tmp_path / 'run'}", "--config.data.workers=1", "--config.epochs=20000",
+                   start_only=True, start_new_session=True)  # fmt: skip
+    wait_until(lambda: len(read_metrics(tmp_path / "run" / "metrics.jsonl")) >= 3, running)
+    workers = subprocess.run(["pgrep", "-P", str(running.pid), "-f", "spawn_main"], capture_output=True, text=True)
+    os.kill(int(workers.stdout), signal.SIGKILL)
+    output, _ = running.communicate(timeout=120)
+    assert running.returncode == 74 and "a worker process that reads photographs was killed" in output, output
+    assert "Traceback" not in output

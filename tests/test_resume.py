@@ -256,7 +256,8 @@ def test_damage_in_a_workdir_is_reported(undisturbed, tiny_config, tmp_path):
 
 DAMAGED_LINES = [
     b"half a li", b"", b"\xff\xfe", b"7", b"[1]", b"null", b'"step"', b"{}", b'{"step": true}', b'{"step": 1.5}',
-    b'{"step": -1}', b'{"step": 1, "train/loss": "1"}', b'{"step": 1, "train/loss": NaN}', b'{"step": 1, "time": 1e999}',
+    b'{"step": -1}', b'{"step": 1, "train/loss": "1"}', b'{"step": 1, "train/loss": NaN}',
+    b'{"step": 1, "time": 1e999}',
     b'{"step": 1, "epoch": 1' + 400 * b"0" + b"}", b"[" * 100_000, b'{"step": 1' + 5000 * b"0" + b"}",
 ]  # fmt: skip
 

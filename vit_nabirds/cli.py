@@ -22,8 +22,8 @@ from vit_nabirds.parallel.preemption import EXIT_STOPPED, SIGNALS
 COMMANDS = ("train", "probe", "prepare", "check", "evaluate", "predict", "export", "verify")
 CONFIGS = Path(__file__).parent.parent / "configs"
 EXIT_CODES = (
-    "Exit codes: 0 finished; 75 stopped on request, all saved: run the same command again; 2 wrong usage; 1 other "
-    "failure."
+    "Exit codes: 0 finished; 75 stopped on request, all saved: run the same command again; 74 trouble of this machine "
+    "or its storage, which may be gone later; 2 wrong usage; 1 other failure."
 )
 CLUSTER = {
     "coordinator": (str, "HOST:PORT of process 0 (default: from the launcher)."),

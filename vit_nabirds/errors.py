@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 
 
 class UserError(Exception):
@@ -20,9 +21,36 @@ class ConfigError(UserError):
     exit_code = 2
 
 
+class TransientError(UserError):
+    """Trouble that may be gone on another node or in an hour: exit code 74, and launch/ queues the job again."""
+
+    exit_code = 74
+
+
 _FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 _STORAGE_ERRORS = "ACCES DQUOT EXIST IO ISDIR LOOP NAMETOOLONG NOENT NOSPC NOTDIR PERM ROFS STALE"
 _STORAGE = {getattr(errno, f"E{name}") for name in _STORAGE_ERRORS.split()}
+
+
+# Of a node, of storage, or of memory that other jobs take too.
+_TRANSIENT_ERRORS = (
+    "AGAIN BUSY CONNREFUSED CONNRESET DQUOT HOSTUNREACH IO NOLCK NOMEM NOSPC NOTCONN ROFS STALE TIMEDOUT"
+)
+_TRANSIENT = {getattr(errno, f"E{name}") for name in _TRANSIENT_ERRORS.split()}
+# A worker of Grain; Python; XLA, of a device or of the network between devices.
+_TRANSIENT_WORDS = re.compile(
+    r"Worker process was terminated unexpectedly|can't start new thread|^(INTERNAL|UNAVAILABLE|ABORTED|DATA_LOSS)\b"
+)
+
+
+def exit_code_of(error: BaseException) -> int:
+    """2 for wrong usage, 74 for what may be gone on another node or in an hour, 1 for anything else."""
+    if isinstance(error, UserError):
+        return error.exit_code
+    if isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno in _TRANSIENT:
+        return TransientError.exit_code
+    text = str(error)
+    return TransientError.exit_code if _TRANSIENT_WORDS.search(text) or any(map(text.count, _FULL[:2])) else 1
 
 
 def remedy_of(error: OSError) -> str:
@@ -38,6 +66,11 @@ def message_of(error: BaseException) -> str | None:
         return f"the package {error.name!r} is not installed in this Python environment: see BUILD.md"
     if isinstance(error, BrokenPipeError):  # no success: what was to follow has not been done
         return f"nobody reads the output any more, or another process of this program has ended ({error})"
+    if isinstance(error, RuntimeError) and "Worker process was terminated unexpectedly" in str(error):
+        return (
+            "a worker process that reads photographs was killed: out of memory? Ask for more, or use fewer "
+            "(config.data.workers). The same command goes on from the last checkpoint."
+        )
     if full := [text for text in _FULL if text in str(error)]:  # from any library that writes
         return f"{full[0]}: make room, and run the same command again to go on from the last checkpoint. ({error})"
     return str(error) if isinstance(error, OSError) and error.errno in _STORAGE else None

@@ -43,11 +43,11 @@ def start(slurm, prepared, workdir, script, nodes=2):
          "process 0: config.seed is 1 here and 0 there.", 1),
         (f"{ON_RANK_1} export PYTHONPATH=$PWD/other; $TRAIN", "process 1 of 2 on NODE: the environment differs "
          "from that of process 0: optax is '0.0.1' here and ", 1),
-        (f"{ON_RANK_1} exit 1; $TRAIN", "process 1 of 2 did not reach process 0 on NODE, port ", 1),
-        ("[ $SLURM_PROCID = 0 ] && exit 1; $TRAIN", "NODE got no answer from process 0 at NODE:", 1),
+        (f"{ON_RANK_1} exit 1; $TRAIN", "process 1 of 2 did not reach process 0 on NODE, port ", 74),
+        ("[ $SLURM_PROCID = 0 ] && exit 1; $TRAIN", "NODE got no answer from process 0 at NODE:", 74),
         (f"{ON_RANK_1} NAME=--coordinator=node-of-nowhere.invalid:6000; $TRAIN $NAME", "NODE cannot resolve "
          "'node-of-nowhere.invalid', the host of process 0: give an address that all nodes can reach with "
-         "--coordinator=ADDRESS:PORT.", 1),
+         "--coordinator=ADDRESS:PORT.", 74),
         (f"{ON_RANK_1} DATA=--config.data.root=$PWD/copy; $TRAIN $DATA", "process 1 of 2 on NODE: ", 1),
         ("$TRAIN --config.batch_size=9", "config.batch_size is 9, which 2 devices cannot share equally", 2),
     ],

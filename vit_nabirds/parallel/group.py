@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from vit_nabirds.errors import ConfigError, UserError, message_of, say
+from vit_nabirds.errors import ConfigError, TransientError, UserError, exit_code_of, message_of, say
 from vit_nabirds.parallel.accelerators import Seen, Share, share
 
 NODE = os.environ.get("SLURMD_NODENAME", socket.gethostname())
@@ -127,7 +127,7 @@ class ProcessGroup:
 
     def fail_with(self, error: BaseException) -> int:
         """`fail` with the message of an exception; alone, one that is a fault of the program is raised again."""
-        message, code = message_of(error), error.exit_code if isinstance(error, UserError) else 1
+        message, code = message_of(error), exit_code_of(error)
         if message is None and self.num_processes == 1:
             raise error
         if message is None:
@@ -179,7 +179,7 @@ class ProcessGroup:
         try:
             server = socket.create_server(("", port), backlog=self.num_processes, **ipv6)
         except OSError as error:
-            raise UserError(
+            raise TransientError(
                 f"process 0 cannot listen on port {port} of {NODE} ({error.strerror}): choose a free one with "
                 "JAX_COORDINATOR_PORT, or --coordinator=HOST:PORT."
             ) from None
@@ -199,7 +199,7 @@ class ProcessGroup:
                         peers[number] = connection, str(node)
         shares, problem = {}, None
         if missing := self._missing(peers):
-            problem = UserError(
+            problem = TransientError(
                 f"process {missing} of {self.num_processes} did not reach process 0 on {NODE}, port {port}, within "
                 f"{timeout:.0f} s: look above for why they ended; give slow ones more time with --start_timeout."
             )
@@ -228,7 +228,7 @@ class ProcessGroup:
         try:
             socket.getaddrinfo(host, port)
         except OSError:
-            raise UserError(
+            raise TransientError(
                 f"{NODE} cannot resolve {host!r}, the host of process 0: give an address that all nodes can reach "
                 "with --coordinator=ADDRESS:PORT."
             ) from None
@@ -246,11 +246,11 @@ class ProcessGroup:
             if answer.get("met"):
                 return connection, answer["own"]
             if answer:
-                os._exit(1)  # others are missing; process 0 says which
+                os._exit(TransientError.exit_code)  # others are missing; process 0 says which
             time.sleep(0.1)
         if self.process_id != 1 and LOCAL_ID not in ("0", None):
-            os._exit(1)
-        raise UserError(
+            os._exit(TransientError.exit_code)
+        raise TransientError(
             f"{NODE} got no answer from process 0 at {host}:{port} within {timeout:.0f} s ({problem}): look above for "
             "why process 0 ended; if it did not, the port is closed between the nodes or used by another job (choose "
             "one with JAX_COORDINATOR_PORT), or it starts slowly (--start_timeout)."
