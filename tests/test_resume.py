@@ -1,13 +1,16 @@
 """A run that goes on after a stop or a crash: the same numbers, whatever layout, and nothing of another run."""
 
 import json
+import logging
 import shutil
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 from tiny_runs import FINISHED, STOPPED, arrays_of, at, crash, losses, read_evaluations, steps_of, terminate, train
 
+from vit_nabirds import cli
 from vit_nabirds.commands.evaluate import evaluate
 from vit_nabirds.errors import UserError
 from vit_nabirds.parallel.locks import lock
@@ -173,7 +176,7 @@ def test_a_changed_bit_in_the_metadata_is_damage(undisturbed, tiny_config, tmp_p
     file = run / "checkpoints" / "15" / "_CHECKPOINT_METADATA"
     assert was in file.read_text()
     file.write_text(file.read_text().replace(was, becomes, 1))
-    for use in (lambda: train(tiny_config, run), lambda: evaluate(run, 15)):
+    for use in (lambda: evaluate(run, 15), lambda: train(tiny_config, run)):
         with pytest.raises(UserError, match="checkpoints/15 is damaged"):
             use()
 
@@ -230,17 +233,12 @@ def test_the_same_photographs_prepared_otherwise_are_refused(undisturbed, tiny_c
 
 def test_damage_in_a_workdir_is_reported(undisturbed, tiny_config, tmp_path):
     run = shutil.copytree(undisturbed, tmp_path / "run")
-    (run / "checkpoints" / "20" / "params" / "_METADATA").write_text("{")
-    with pytest.raises(UserError, match="checkpoints/20 is damaged: delete that folder"):
-        train(tiny_config, run)
-    shutil.rmtree(run / "checkpoints" / "20")
     file = max((run / "checkpoints" / "15" / "params").rglob("d/*"), key=lambda file: file.stat().st_size)
     whole = file.read_bytes()
     file.write_bytes(bytes(byte ^ (5000 < place < 5004) for place, byte in enumerate(whole)))
     with pytest.raises(UserError, match="checkpoints/15 is damaged: delete that folder"):
-        train(tiny_config, run)
+        evaluate(run, 15)
     file.write_bytes(whole)
-    assert train(tiny_config, run) == FINISHED and losses(run) == losses(undisturbed)
     (run / "checkpoints" / "20" / "_CHECKPOINT_METADATA").write_text("{}")
     with pytest.raises(UserError, match="checkpoints/20 is damaged"):
         evaluate(run, 20)
@@ -252,6 +250,53 @@ def test_damage_in_a_workdir_is_reported(undisturbed, tiny_config, tmp_path):
     shutil.copy(undisturbed / "results.json", run)
     with pytest.raises(UserError, match="results of a run whose checkpoints are gone"):
         train(tiny_config, run)
+
+
+@pytest.mark.parametrize("part", ["_CHECKPOINT_METADATA", "params/_METADATA", "training"])
+def test_a_training_goes_on_from_the_newest_checkpoint_that_is_intact(
+    undisturbed, prepared, tmp_path, capfd, monkeypatch, part
+):
+    run = unfinished(undisturbed, tmp_path)
+    steps = steps_of(run)
+    damage(run / "checkpoints" / str(steps[-1]) / part)
+    log = logging.getLogger("vit_nabirds")
+    monkeypatch.setattr(log, "handlers", [])
+    monkeypatch.setattr(log, "propagate", True)
+    config = Path(__file__).with_name("tiny_config.py")
+    assert cli.main(["train", f"--config={config}", f"--config.data.root={prepared}", f"--workdir={run}"]) == FINISHED
+    said = capfd.readouterr().err
+    assert (
+        f"checkpoints/{steps[-1]} is damaged and lies in {run}/damaged now: the run goes on from step {steps[-2]}"
+        in said
+    )
+    assert (run / "damaged" / str(steps[-1])).is_dir() and losses(run) == losses(undisturbed)
+
+
+def test_the_only_checkpoint_is_not_set_aside(undisturbed, tiny_config, tmp_path):
+    run = unfinished(undisturbed, tmp_path)
+    for step in steps_of(run)[:-1]:
+        shutil.rmtree(run / "checkpoints" / str(step))
+    damage(run / "checkpoints" / "15" / "training")
+    for _ in range(2):
+        with pytest.raises(UserError, match="checkpoints/15 is damaged, and there is no other: delete it to start"):
+            train(tiny_config, run)
+
+
+def test_an_evaluation_of_a_damaged_selection_says_what_it_used(undisturbed, tmp_path, capsys, caplog):
+    run = shutil.copytree(undisturbed, tmp_path / "run")
+    selected = json.loads((run / "results.json").read_text())["selected"]["step"]
+    damage(run / "checkpoints" / str(selected) / "params")
+    assert evaluate(run) == 0
+    assert f"checkpoints/{selected} is damaged: the best of the others is used instead" in caplog.text
+    assert json.loads(capsys.readouterr().out)["step"] != selected
+
+
+def damage(part: Path) -> None:
+    """Change a bit of a file, or of the largest file of a part of a checkpoint."""
+    file = part if part.is_file() else max(part.rglob("d/*"), key=lambda file: file.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 1
+    file.write_bytes(content)
 
 
 DAMAGED_LINES = [

@@ -8,6 +8,8 @@ from vit_nabirds.commands.invocation import program, relative, tool
 from vit_nabirds.config import Config
 from vit_nabirds.config.fields import flat
 
+log = logging.getLogger("vit_nabirds")
+
 REQUIRED = ()
 FLAGS = {"workdir": (str, "Folder of the run (default: runs/ and the name of the configuration file).")}
 PARALLEL = True
@@ -20,11 +22,19 @@ def run(options, group) -> int:
     config = Config.read(options.config)
     check_same_program(group, flat(config.to_dict()))
     workdir = workdir_of(options)
+    from vit_nabirds.runs.checkpoints import DamagedCheckpoint
     from vit_nabirds.training.train import FINISHED, train
 
-    code = train(config, workdir, group)
+    code = None
+    while code is None:
+        try:
+            code = train(config, workdir, group)
+        except DamagedCheckpoint as damage:  # of several processes all end, and the job is queued again
+            if damage.folder.exists():
+                raise
+            log.warning("%s", damage)
     if code == FINISHED:
-        logging.getLogger("vit_nabirds").info("%s", next_commands(workdir, config.data.synthetic))
+        log.info("%s", next_commands(workdir, config.data.synthetic))
     return code
 
 

@@ -4,11 +4,12 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,7 +19,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from vit_nabirds.config.fields import with_defaults
-from vit_nabirds.errors import UserError
+from vit_nabirds.errors import TransientError, UserError
 from vit_nabirds.models.normalization import Normalization
 from vit_nabirds.runs.files import crc32_of
 
@@ -44,6 +45,42 @@ class Metadata:
         fields = {"crop": "box", "base": None} | fields  # earlier versions knew nothing else
         fields = {field.name: fields[field.name] for field in dataclasses.fields(cls)}
         return cls(**fields | {"config": with_defaults(fields["config"]), "normalization": normalization})
+
+
+class DamagedCheckpoint(TransientError):
+    """A checkpoint whose bits are not those that were written."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"{folder} is damaged: delete that folder to go on from the checkpoint before it.")
+        self.folder = folder
+
+
+@contextlib.contextmanager
+def damage_set_aside(workdir: Path) -> Iterator[None]:
+    """Move a checkpoint that turns out to be damaged to WORKDIR/damaged, unless there is no other, and raise it on with
+    words that say so."""
+    try:
+        yield
+    except DamagedCheckpoint as damage:
+        folder, aside = damage.folder, workdir / "damaged"
+        others = [int(file.name) for file in folder.parent.iterdir() if file.name.isdecimal() and file != folder]
+        if not others:
+            damage.args = (
+                f"{folder} is damaged, and there is no other: delete it to start the run from its first step.",
+            )
+            raise
+        aside.mkdir(exist_ok=True)
+        place = next(aside / name for name in _names(folder.name) if not (aside / name).exists())
+        with contextlib.suppress(FileNotFoundError):  # another process has moved it
+            folder.rename(place)
+        damage.args = (f"{folder} is damaged and lies in {aside} now: the run goes on from step {max(others)}.",)
+        raise
+
+
+def _names(name: str) -> Iterator[str]:
+    """'20', '20.1', '20.2', ..."""
+    yield name
+    yield from (f"{name}.{number}" for number in itertools.count(1))
 
 
 class Checkpoints:
@@ -155,7 +192,7 @@ class Checkpoints:
                 f"{folder} cannot be read ({reason}): that does not mean that it is damaged. Keep it, and run the same "
                 "command again when the storage answers."
             )
-        return UserError(f"{folder} is damaged: delete that folder to go on from the checkpoint before it.")
+        return DamagedCheckpoint(Path(folder))
 
 
 @dataclasses.dataclass(frozen=True)

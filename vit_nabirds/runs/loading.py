@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import logging
 from pathlib import Path
 
 import jax
@@ -16,8 +17,17 @@ from vit_nabirds.models.pretrained.hf_config import PARTS
 from vit_nabirds.models.pretrained.names import mapping
 from vit_nabirds.models.pretrained.tensors import Tensor
 from vit_nabirds.parallel import devices
-from vit_nabirds.runs.checkpoints import Checkpoints, Metadata, base_checksum, placed, sha256_of
+from vit_nabirds.runs.checkpoints import (
+    Checkpoints,
+    DamagedCheckpoint,
+    Metadata,
+    base_checksum,
+    placed,
+    sha256_of,
+)  # fmt: skip
 from vit_nabirds.runs.selection import Selection, metric_of
+
+log = logging.getLogger("vit_nabirds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,16 +65,29 @@ def open_run(workdir: Path, step: int | None = None) -> LoadedRun:
         steps = checkpoints.steps
         if not steps:
             raise UserError(f"{workdir / 'checkpoints'} holds no complete checkpoint yet.")
-        newest = checkpoints.metadata(steps[-1])
-        selection = Selection.read(workdir, steps, metric_of(Config.read(newest.config)))
-        selected = selection.best(steps)
-        if step is None:
-            step = selected or steps[-1]
-        if step not in steps:
+        if step not in (None, *steps):
             raise UserError(f"{workdir} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}.")
-        metadata = checkpoints.metadata(step)
-        model = describe(metadata.architecture, len(metadata.species), metadata.config["compute_dtype"])
-        params = _restore(checkpoints, step, metadata, model, mesh)
+        while True:
+            try:
+                return _load(checkpoints, workdir, steps, step, mesh)
+            except DamagedCheckpoint as damage:
+                if step is not None or len(steps) == 1 or jax.process_count() > 1:
+                    raise
+                steps = [other for other in steps if str(other) != damage.folder.name]
+                log.warning("%s is damaged: the best of the others is used instead", damage.folder)
+
+
+def _load(
+    checkpoints: Checkpoints, workdir: Path, steps: list[int], step: int | None, mesh: jax.sharding.Mesh
+) -> LoadedRun:
+    """The checkpoint of a step, by default of the one that is selected among `steps`."""
+    newest = checkpoints.metadata(steps[-1])
+    selection = Selection.read(workdir, steps, metric_of(Config.read(newest.config)))
+    selected = selection.best(steps)
+    step = step or selected or steps[-1]
+    metadata = checkpoints.metadata(step)
+    model = describe(metadata.architecture, len(metadata.species), metadata.config["compute_dtype"])
+    params = _restore(checkpoints, step, metadata, model, mesh)
     figures, test = selection.evaluations.get(step, {}), selection.tests.get(step, {})
     selected_by = selection.metric if step == selected else None
     return LoadedRun(step, selected_by, metadata, figures, test, model, params, mesh)

@@ -23,7 +23,7 @@ from vit_nabirds.parallel.group import ProcessGroup
 from vit_nabirds.parallel.locks import lock
 from vit_nabirds.parallel.preemption import EXIT_STOPPED, StopRequest
 from vit_nabirds.recipe.rules import describe_rules
-from vit_nabirds.runs.checkpoints import Checkpoints
+from vit_nabirds.runs.checkpoints import Checkpoints, damage_set_aside
 from vit_nabirds.runs.compiled import keep_compiled
 from vit_nabirds.runs.files import write_json
 from vit_nabirds.runs.selection import PREDICTIONS
@@ -49,7 +49,8 @@ def train(config: Config, workdir: Path, group: ProcessGroup) -> int:
         if config.data.synthetic:
             with group.writer_first("drawing"):
                 prepare_synthetic(Path(config.data.root), config.model.image_size)
-        run = prepare_run(config, workdir, group)
+        with damage_set_aside(workdir):
+            run = prepare_run(config, workdir, group)
         loaded = run.pretrained_params()
 
         # Everything is known to be right: from here on the run writes.
@@ -72,7 +73,8 @@ def train(config: Config, workdir: Path, group: ProcessGroup) -> int:
             run.selection.write()
         keep_compiled(workdir / "compiled", group.is_writer)
         checkpoints.keep = run.selection.keep(checkpoints.steps)
-        state = run.restore(checkpoints, loaded) if run.saved_steps else run.first_state(loaded)
+        with damage_set_aside(workdir):
+            state = run.restore(checkpoints, loaded) if run.saved_steps else run.first_state(loaded)
         del loaded
         tracker = stack.enter_context(contextlib.closing(Tracker(workdir, run.plan, run.start, group.is_writer)))
         introduce(run, tracker, group)
