@@ -212,6 +212,8 @@ BROKEN = {
     "positions of another size": (lambda f: edit(f, image_size=24), r"position_embeddings' has shape \(1, 5, 16\)"),
     "other family": (lambda f: edit(f, model_type="swin"), "model_type is 'swin'; supported are vit, dinov2, "),
     "no family": (lambda f: edit(f, model_type=None), "model_type is None"),
+    "a list of families": (lambda f: edit(f, model_type=[]), r"model_type is \[\]"),
+    "a run": (lambda f: ((f / "checkpoints").mkdir(), (f / "config.json").write_text("{}")), "is the workdir of a run"),
     "other activation": (lambda f: edit(f, hidden_act="relu"), "hidden_act is 'relu'; only 'gelu' is supported"),
     "grey images": (lambda f: edit(f, num_channels=1), "num_channels is 1; only 3"),
     "no number": (lambda f: edit(f, hidden_size="16"), "hidden_size is '16'; expected a value like 768"),

@@ -189,7 +189,7 @@ def test_a_run_may_be_what_another_changes(hf_folder, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (shutil.rmtree, r"needs these: put them there again \(there is no folder"),
+        (shutil.rmtree, r"needs these: put them there again, or .* \(there is no folder"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"12345678" * 4), "not a readable safetensors"),
         (lambda folder: save_drawn(folder, "vit", TINY | {"num_hidden_layers": 3}), r"\(others are there now\)"),
     ],
@@ -209,8 +209,28 @@ def test_weights_that_differ_in_one_value_are_others(hf_folder, tmp_path):
     tensors = load_file(hf_folder / "model.safetensors")
     tensors["vit.layernorm.bias"][3] += 1e-6
     save_file(tensors, hf_folder / "model.safetensors")
-    with pytest.raises(UserError, match=r"put them there again \(others are there now\)"):
+    with pytest.raises(UserError, match=r"put them there again, or .* \(others are there now\)"):
         open_run(tmp_path / "run")
+
+
+def test_a_run_is_read_from_where_its_weights_lie_now(hf_folder, tmp_path):
+    """A training that goes on with another path writes it into config.json."""
+    model, params = start(hf_folder)
+    save_run(tmp_path / "run", hf_folder, model, {"params": some(params, model.stored_paths)}, **FIELDS)
+    before = open_run(tmp_path / "run").params
+    moved = hf_folder.rename(tmp_path / "moved")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["model"]["pretrained"] = str(moved)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    after = open_run(tmp_path / "run").params
+    assert all(np.array_equal(after[path], before[path]) for path in before)
+
+
+def test_a_rank_above_the_width_of_a_layer_is_an_error():
+    with pytest.raises(
+        ConfigError, match="config.lora.rank is 17, but encoder/layers/0/attn/query has no more than 16"
+    ):
+        describe(SHAPE, len(SPECIES), lora=Lora(rank=17))
 
 
 def test_changes_of_random_weights_are_an_error(hf_folder, tmp_path):

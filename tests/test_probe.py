@@ -264,9 +264,16 @@ def test_what_a_probe_cannot_do(prepared, tmp_path):
     config.trainable = "classifier|norm1"
     with pytest.raises(ConfigError, match="trains 4 other arrays, like encoder/layers/0/norm1/.*set config.trainable"):
         run_probe(config, tmp_path / "run")
-    config.trainable, config.ema_decay = "classifier", 0.9
-    with pytest.raises(ConfigError, match="config.ema_decay"):
-        run_probe(config, tmp_path / "run")
+    config.trainable = "classifier"
+    unused = {"ema_decay": 0.9, "data.repeats": 2, "augment.mixup": 0.4, "augment.flip": False, "augment.policy":
+              "randaugment", "model.drop_path": 0.3, "optimizer.layer_decay": 0.5, "microbatch": 2}  # fmt: skip
+    for name, value in unused.items():
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict({name: value})
+        with pytest.raises(
+            ConfigError, match=f"config.{name} is set, but a probe trains on fixed features: leave it out"
+        ):
+            run_probe(changed, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -157,6 +157,16 @@ def test_a_microbatch_is_chosen_by_the_memory_that_there_is(tiny_config, tmp_pat
         (lambda c: c.augment.update(area=(0.9, 0.1)), "config.augment.area is"),
         (lambda c: c.augment.update(area=(0.1, 0.9)), "config.augment.area is set, but has no effect without"),
         (lambda c: c.augment.update(mixed=0.5), "config.augment.mixed is set, but has no effect without"),
+        (lambda c: c.lora.update(alpha=32.0), "config.lora.alpha is set, but has no effect without config.lora.rank"),
+        (lambda c: c.lora.update(targets="attn"), "config.lora.targets is set, but has no effect without"),
+        (lambda c: c.optimizer.update(momentum=0.5), "momentum is set, .* without config.optimizer.name=sgd"),
+        (lambda c: c.data.update(max_skipped=0.5), "max_skipped is set, .* without config.data.on_error=skip"),
+        (
+            lambda c: (c.data.update(validation=0.0), c.evaluate.update(select="loss")),
+            "select is set, but has no effect without config.data.validation",
+        ),
+        (lambda c: c.update(trainable="encoder"), "the classifier is new and starts from zero, but it is frozen"),
+        (lambda c: c.optimizer.update(rules="classifier frozen"), "the classifier is new and starts from zero"),
         (lambda c: (c.lora.update(rank=2), c.update(trainable="layers")), "config.trainable is 'layers': leave it out"),
     ],
 )

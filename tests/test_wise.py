@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_config import get_config
@@ -149,6 +150,32 @@ def test_auto_takes_the_share_with_the_best_figure_on_the_validation_photographs
     assert f"are {auto['wise']:g} of the fine-tuned" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_auto_on_data_without_validation_photographs_says_what_it_needs(tuned, prepared, tmp_path):
+    few = shutil.copytree(prepared, tmp_path / "few")
+    table = pl.read_parquet(few / "metadata.parquet")
+    first = table.filter("is_training_img").group_by("class_id").head(1)
+    pl.concat([first.select(table.columns), table.filter(~pl.col("is_training_img"))]).write_parquet(
+        few / "metadata.parquet"
+    )
+    with pytest.raises(ConfigError, match="--wise=auto chooses by validation photographs, but .* Or give a number"):
+        evaluate(tuned, root=str(few), wise=AUTO)
+
+
+def test_evaluate_looks_at_other_views_on_request(tuned, capsys):
+    found = {}
+    for views in (None, "one", "flip"):
+        assert evaluate(tuned, views=views) == 0
+        found[views] = json.loads(capsys.readouterr().out)["test"]
+    assert found[None] == found["one"] and found["one"]["loss"] != found["flip"]["loss"]
+    with pytest.raises(ConfigError, match="config.evaluate.views is 'two'"):
+        evaluate(tuned, views="two")
+
+
+def test_a_run_goes_on_from_its_checkpoint_whatever_weights_are_named(tuned, prepared, tmp_path, caplog):
+    assert train(config_from(tmp_path / "nothing", prepared), shutil.copytree(tuned, tmp_path / "run")) == FINISHED
+    assert "config.model.pretrained is not read: the run goes on from its checkpoint, and began with" in caplog.text
+
+
 def test_of_equal_shares_the_smallest_loss_counts_then_the_largest_share():
     found = {
         share: {"val/accuracy": a, "val/loss": x} for share, a, x in ((0.0, 0.5, 1.0), (0.5, 0.9, 0.3), (1.0, 0.9, 0.4))
@@ -168,6 +195,9 @@ def test_shares_that_cannot_be(tuned, undisturbed, tmp_path, base):
     config = run.metadata.config | {"data": run.metadata.config["data"] | {"validation": 0.0}}
     with pytest.raises(ConfigError, match="config.data.validation=0: give a number"):
         check_share(AUTO, dataclasses.replace(run, metadata=dataclasses.replace(run.metadata, config=config)))
+    config = run.metadata.config | {"trainable": "classifier"}
+    with pytest.raises(ConfigError, match="this one trained the classifier alone"):
+        check_share(0.5, dataclasses.replace(run, metadata=dataclasses.replace(run.metadata, config=config)))
     base.rename(tmp_path / "elsewhere")
     try:
         with pytest.raises(UserError, match="there is no folder"):

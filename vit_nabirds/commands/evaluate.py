@@ -11,6 +11,7 @@ FLAGS = {
     "workdir": (str, "Folder of the run."),
     "step": (int, "Step of the checkpoint (default: the selected one)."),
     "data_root": (str, "Prepared folder (default: the one that the run was trained on)."),
+    "views": (str, "Of each photograph, whose logits are averaged: one, flip or ten (default: as in the training)."),
     "wise": (str, "Share of the run's weights, the rest are pretrained ones: 0 to 1, or auto (by validation)."),
 }
 PARALLEL = True
@@ -23,11 +24,16 @@ def run(options, group) -> int:
     from vit_nabirds.parallel.launchers import check_same_program
 
     check_same_program(group, {})
-    return evaluate(Path(options.workdir), options.step, options.data_root, group, options.wise)
+    return evaluate(Path(options.workdir), options.step, options.data_root, group, options.wise, options.views)
 
 
 def evaluate(
-    workdir: Path, step: int | None = None, root: str | None = None, group=None, wise: str | None = None
+    workdir: Path,
+    step: int | None = None,
+    root: str | None = None,
+    group=None,
+    wise: str | None = None,
+    views: str | None = None,
 ) -> int:
     """Score a checkpoint of a run, by default the selected one; returns the exit code."""
     from vit_nabirds.evaluation.wise import AUTO, check_share, mixed, share_of
@@ -36,14 +42,14 @@ def evaluate(
     from vit_nabirds.runs.loading import open_run
 
     share = None if wise is None else share_of(wise)
-    run, group = open_run(workdir, step), group or ProcessGroup()
+    run, group = open_run(workdir, step).seen_in(views), group or ProcessGroup()
     if share is not None:
         check_share(share, run)
     root = Path(root or run.metadata.config["data"]["root"])
-    table, found = data_of(run, root)
+    table, found = data_of(run, root, needs_validation=share == AUTO)
     scorer = scorer_of(run, root, table, "test")
     validation = scorer_of(run, root, table, "validation") if share == AUTO else None
-    shown = {"step": run.step, "selected": run.selected_by, "data": found, "wise": share}
+    shown = {"step": run.step, "selected": run.selected_by, "data": found, "wise": share, "views": views}
     group.agree("what is evaluated", shown, f"All nodes must see the same data and the same {workdir}: try again.")
 
     with StopRequest(speaks=group.is_writer) as stop:
@@ -62,13 +68,13 @@ def evaluate(
     return 0
 
 
-def data_of(run, root: Path):
+def data_of(run, root: Path, needs_validation: bool = False):
     """The table of a prepared folder, and its fingerprint; UserError if its classes are not those of the run."""
     from vit_nabirds.config import Config
     from vit_nabirds.data.table import class_differences, class_names, fingerprint
 
     metadata = run.metadata
-    table = table_of(root, Config.read(metadata.config).data)
+    table = table_of(root, Config.read(metadata.config).data, needs_validation)
     if (classes := class_names(table)) != metadata.species:
         raise UserError(
             f"{root} has other classes than the run ({class_differences(metadata.species, classes)}): give the data "
@@ -97,11 +103,14 @@ def scorer_of(run, root: Path, table, split: str):
     )  # fmt: skip
 
 
-def table_of(root: Path, data):
+def table_of(root: Path, data, needs_validation: bool = False):
     """The table as a run with the section `data` of its configuration has split it, if it can be split like that."""
     from vit_nabirds.data.table import read_table
 
     try:
         return read_table(root, data.label, data.validation)
-    except ConfigError:  # too few training photographs to hold any out, but none are needed here
+    except ConfigError as error:
+        if needs_validation:
+            raise ConfigError(f"--wise=auto chooses by validation photographs, but {error} Or give a number.") from None
+        # too few training photographs to hold any out, but none are needed
         return read_table(root, data.label)

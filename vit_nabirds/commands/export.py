@@ -67,7 +67,7 @@ def between(opened, share: float | str):
     validation = None
     if share == AUTO:
         root = Path(opened.metadata.config["data"]["root"])
-        validation = scorer_of(opened, root, data_of(opened, root)[0], "validation")
+        validation = scorer_of(opened, root, data_of(opened, root, needs_validation=True)[0], "validation")
     return mixed(opened, share, validation, ProcessGroup(), StopRequest())
 
 

@@ -18,6 +18,7 @@ REQUIRED = ("images", "out")
 FLAGS = {
     "workdir": (str, "Folder of the run whose selected checkpoint to use."),
     "step": (int, "Step of the run's checkpoint (default: the selected one)."),
+    "views": (str, "Of each photograph for a run: one, flip or ten (default: as in its training)."),
     "model": (str, "Instead of a run: an exported folder, or another checkpoint's folder or Hub id."),
     "images": (str, "Photograph, or folder of photographs, whose links to folders are followed."),
     "boxes": (
@@ -47,7 +48,7 @@ def run(options, group) -> int:
     for flag, what in {"topk": "species", "max_pixels": "pixel"}.items():
         if options[flag].value < 1:
             raise ConfigError(f"--{flag} is {options[flag].value}: ask for at least one {what}")
-    source = {name: options[name].value for name in ("workdir", "step", "model", "max_pixels")}
+    source = {name: options[name].value for name in ("workdir", "step", "views", "model", "max_pixels")}
     boxes = options.boxes and Path(options.boxes)
     return predict(Path(options.images), Path(options.out), options.topk, boxes, **source)
 

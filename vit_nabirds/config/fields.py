@@ -330,6 +330,11 @@ IDLE = (
     ("augment.aspect", lambda c: c.augment.crop == "resized", "config.augment.crop=resized"),
     ("augment.operations", lambda c: c.augment.policy == "randaugment", "config.augment.policy=randaugment"),
     ("augment.magnitude", lambda c: c.augment.policy == "randaugment", "config.augment.policy=randaugment"),
+    ("lora.alpha", lambda c: c.lora.rank, "config.lora.rank"),
+    ("lora.targets", lambda c: c.lora.rank, "config.lora.rank"),
+    ("optimizer.momentum", lambda c: c.optimizer.name == "sgd", "config.optimizer.name=sgd"),
+    ("data.max_skipped", lambda c: c.data.on_error == "skip", "config.data.on_error=skip"),
+    ("evaluate.select", lambda c: c.data.validation, "config.data.validation"),
     ("augment.mixed", lambda c: c.augment.mixup or c.augment.cutmix, "config.augment.mixup or config.augment.cutmix"),
 )
 

@@ -14,7 +14,8 @@ from PIL import Image
 from vit_nabirds.data.crops import Box, cut, place
 from vit_nabirds.data.pictures import MAX_PIXELS, Picture, open_picture
 from vit_nabirds.errors import UserError
-from vit_nabirds.evaluation.views import mean_logits, views
+from vit_nabirds.evaluation.views import mean_logits
+from vit_nabirds.evaluation.views import views as views_of
 from vit_nabirds.models.model import describe
 from vit_nabirds.models.pretrained.checkpoint import open_checkpoint
 from vit_nabirds.models.pretrained.hf_config import read_json
@@ -41,13 +42,14 @@ class Classifier:
         *,
         workdir: str | Path | None = None,
         step: int | None = None,
+        views: str | None = None,
         model: str | Path | None = None,
         max_pixels: int = MAX_PIXELS,
     ):
-        if (workdir is None) == (model is None) or (step is not None and model):
-            raise UserError("a Classifier takes a workdir, with or without a step, or a model.")
+        if (workdir is None) == (model is None) or (model and (step, views) != (None, None)):
+            raise UserError("a Classifier takes a workdir, with or without a step and views, or a model.")
         if workdir:
-            run = open_run(Path(workdir), step)
+            run = open_run(Path(workdir), step).seen_in(views)
             self.species, self._mesh, self._params, network = run.metadata.species, run.mesh, run.params, run.model
             size, pads = run.metadata.architecture["image_size"], True
             self._prepare = padding_to_square(size, run.metadata.normalization)
@@ -68,7 +70,7 @@ class Classifier:
         self._max_pixels, self._crop = max_pixels, crop
 
         def top_probabilities(params: dict, images: jax.Array, topk: int) -> tuple[jax.Array, jax.Array]:
-            logits = mean_logits(lambda x: network.logits(params, x), views(images, kind))
+            logits = mean_logits(lambda x: network.logits(params, x), views_of(images, kind))
             return jax.lax.top_k(jax.nn.softmax(logits), topk)
 
         self._top = network.jit(top_probabilities, static_argnums=2)

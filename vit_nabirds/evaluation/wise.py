@@ -3,11 +3,13 @@
 import dataclasses
 import logging
 
+from vit_nabirds.config import Config
 from vit_nabirds.errors import ConfigError
 from vit_nabirds.evaluation.scoring import Scorer
 from vit_nabirds.parallel.group import ProcessGroup
 from vit_nabirds.parallel.preemption import StopRequest
 from vit_nabirds.recipe.averages import interpolate
+from vit_nabirds.recipe.rules import parameter_rules, trained_paths
 from vit_nabirds.runs.loading import LoadedRun
 from vit_nabirds.runs.start import pretrained_of
 
@@ -32,6 +34,11 @@ def check_share(share: float | str, run: LoadedRun) -> None:
     config = run.metadata.config
     if not config["model"]["pretrained"]:
         raise ConfigError("--wise mixes a run's weights with those that it started from, but these were random.")
+    whole = Config.read(config)
+    if not whole.lora.rank and all(
+        path.startswith("classifier/") for path in trained_paths(parameter_rules(whole, run.model))
+    ):
+        raise ConfigError("--wise mixes the weights that a run has changed, but this one trained the classifier alone.")
     if share == AUTO and not config["data"]["validation"]:
         raise ConfigError(
             f"--wise={AUTO} chooses by the validation photographs, but the run had config.data.validation=0: give a "

@@ -145,6 +145,10 @@ def describe(
             f"config.lora.targets {lora.targets!r} matches no layer of a block; their paths are like "
             "encoder/layers/0/attn/query, key, value or out, and encoder/layers/0/mlp/layers/0 or 2."
         )
+    for path, x in shapes.items():
+        if path.endswith("/lora/lora_a") and lora.rank > (most := min(x.shape[0], shapes[f"{path[:-1]}b"].shape[-1])):
+            layer = path.removesuffix("/lora/lora_a")
+            raise ConfigError(f"config.lora.rank is {lora.rank}, but {layer} has no more than {most}: choose less.")
     structure = dict(architecture), num_classes, nnx.graphdef(module), shapes
     return Model(*structure, kernels, compute_dtype, remat, head_stddev, lora)
 

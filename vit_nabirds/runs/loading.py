@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 from pathlib import Path
+from typing import Self
 
 import jax
 import numpy as np
@@ -43,6 +44,13 @@ class LoadedRun:
     params: dict[str, jax.Array]
     mesh: jax.sharding.Mesh
 
+    def seen_in(self, views: str | None) -> Self:
+        """The run with other views of each photograph in evaluations; None: as in its training."""
+        if views is None:
+            return self
+        config = Config.read(self.metadata.config).replace({"evaluate.views": views}).to_dict()
+        return dataclasses.replace(self, metadata=dataclasses.replace(self.metadata, config=config))
+
 
 def open_run(workdir: Path, step: int | None = None) -> LoadedRun:
     """The selected checkpoint of a run (the newest before the first evaluation), or that of a step.
@@ -54,7 +62,8 @@ def open_run(workdir: Path, step: int | None = None) -> LoadedRun:
             f"{workdir} holds no run (no 'checkpoints', no 'config.json'): give the --workdir of a training."
         )
     try:
-        cpu_devices = int(json.loads((workdir / "config.json").read_text())["cpu_devices"])
+        config = json.loads((workdir / "config.json").read_text())
+        cpu_devices, pretrained = int(config["cpu_devices"]), str(config["model"]["pretrained"])
     except (ValueError, KeyError, TypeError):
         raise UserError(
             f"{workdir / 'config.json'} is damaged: run the training's command again to write a new one."
@@ -69,7 +78,7 @@ def open_run(workdir: Path, step: int | None = None) -> LoadedRun:
             raise UserError(f"{workdir} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}.")
         while True:
             try:
-                return _load(checkpoints, workdir, steps, step, mesh)
+                return _load(checkpoints, workdir, steps, step, pretrained, mesh)
             except DamagedCheckpoint as damage:
                 if step is not None or len(steps) == 1 or jax.process_count() > 1:
                     raise
@@ -78,14 +87,21 @@ def open_run(workdir: Path, step: int | None = None) -> LoadedRun:
 
 
 def _load(
-    checkpoints: Checkpoints, workdir: Path, steps: list[int], step: int | None, mesh: jax.sharding.Mesh
+    checkpoints: Checkpoints,
+    workdir: Path,
+    steps: list[int],
+    step: int | None,
+    pretrained: str,
+    mesh: jax.sharding.Mesh,
 ) -> LoadedRun:
-    """The checkpoint of a step, by default of the one that is selected among `steps`."""
+    """The checkpoint of a step, by default of the one that is selected among `steps`. `pretrained`: where the weights
+    lie now that the run started from."""
     newest = checkpoints.metadata(steps[-1])
     selection = Selection.read(workdir, steps, metric_of(Config.read(newest.config)))
     selected = selection.best(steps)
     step = step or selected or steps[-1]
     metadata = checkpoints.metadata(step)
+    metadata.config["model"]["pretrained"] = pretrained
     model = describe(metadata.architecture, len(metadata.species), metadata.config["compute_dtype"])
     params = _restore(checkpoints, step, metadata, model, mesh)
     figures, test = selection.evaluations.get(step, {}), selection.tests.get(step, {})
@@ -118,7 +134,8 @@ def base_params(metadata: Metadata) -> dict[str, np.ndarray]:
     """
     source = metadata.config["model"]["pretrained"]
     folder = Path(source).expanduser()
-    need = f"the run trained low-rank changes of the weights of {source!r} and needs these: put them there again"
+    need = f"the run trained low-rank changes of the weights of {source!r} and needs these: put them there again, or "
+    need += "start the training once with --config.model.pretrained=FOLDER, where they are now"
     try:
         weights = as_checkpoint(open_run(folder), folder) if is_run(folder) else open_checkpoint(source)
         params = weights.load(metadata.architecture, [])

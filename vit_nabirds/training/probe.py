@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 
 from vit_nabirds.config import Config
+from vit_nabirds.config.fields import flat
 from vit_nabirds.errors import ConfigError, UserError
 from vit_nabirds.parallel import devices
 from vit_nabirds.parallel.group import ProcessGroup
@@ -32,6 +34,11 @@ from vit_nabirds.training.train import FINISHED, in_words, prepare_synthetic
 log = logging.getLogger("vit_nabirds")
 
 SWEEP = "sweep.json"  # of the workdir: what was tried, and what was found
+# Fields that a probe does not use; of those that augment by default its run says that they did not.
+UNUSED = re.compile(
+    r"augment\..*|data\.repeats|ema_decay|microbatch|model\.dropout_rate|model\.drop_path|.*layer_decay"
+)
+UNCHANGED = {"augment.flip": False, "augment.contrast": (1.0, 1.0), "augment.gamma": (1.0, 1.0)}
 RATES = ("learning_rate", "weight_decay")  # fields of the optimizer
 
 
@@ -43,6 +50,8 @@ def probe(
     Each classifier is trained as the configuration says, but on features without augmentation or dropout. The one with
     the best figure on the validation photographs is scored on the test photographs, once.
     """
+    check_unused(config)
+    config = config.replace(UNCHANGED)
     tried = {"learning_rates": list(learning_rates), "weight_decays": list(weight_decays)}
     check_sweep(config, tried, group)
     with contextlib.ExitStack() as stack:
@@ -110,10 +119,14 @@ def check_sweep(config: Config, tried: dict[str, list[float]], group: ProcessGro
             "config.data.validation is 0, so nothing says which classifier is the best: give one --learning_rates and "
             "one --weight_decays, or hold photographs out."
         )
-    if config.data.repeats > 1:
-        raise ConfigError(f"config.data.repeats is {config.data.repeats}, but a probe augments nothing: set it to 1.")
-    if config.ema_decay:
-        raise ConfigError("config.ema_decay is set, but a probe has no moving average: set it to 0.")
+
+
+def check_unused(config: Config) -> None:
+    """ConfigError for a field that is set, but says nothing about a training on fixed features."""
+    given, usual = flat(config.to_dict()), flat(Config.read({"data.root": "data"}).to_dict())
+    for name, value in given.items():
+        if UNUSED.fullmatch(name) and value != usual[name]:
+            raise ConfigError(f"config.{name} is set, but a probe trains on fixed features: leave it out.")
 
 
 def check_frozen(run: Run) -> None:

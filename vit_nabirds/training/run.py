@@ -198,10 +198,11 @@ def prepare_run(config: Config, workdir: Path, group: ProcessGroup, mesh: jax.sh
         architecture, normalization, pretrained = starting_point(config, group)
     config = _resolved(config, architecture, saved)
     classes, crop = class_names(table), settings_of(root).get("crop", "box")
-    base = saved.base if saved else None
+    base, digests = saved.base if saved else None, {}
     if pretrained:
         log.info(pretrained.account(architecture, classes))
-        base = base_checksum(pretrained.load(architecture, classes, sha256_of))
+        digests = pretrained.load(architecture, classes, sha256_of)
+        base = base_checksum(digests)
     metadata = Metadata(config.to_dict(), architecture, classes, normalization, fingerprint(root, table), crop, base)
     if saved:
         _check_same_run(saved, metadata, config, workdir)
@@ -215,6 +216,8 @@ def prepare_run(config: Config, workdir: Path, group: ProcessGroup, mesh: jax.sh
         lora=config.lora,
     )  # fmt: skip
     rules = parameter_rules(config, model)
+    if not saved and "classifier/kernel" not in digests and not config.model.head_stddev:
+        check_new_head(rules)
     trainable, schedule = trained_paths(rules), make_schedule(config, plan)
     tx = make_optimizer(config, schedule, rules)
     loss_fn = make_loss(config.loss, np.bincount(train_split.labels, minlength=len(classes)))
@@ -252,6 +255,15 @@ def check_batch_size(config: Config, num_devices: int) -> None:
     check_repeats(batch_size, config.data.repeats)
 
 
+def check_new_head(rules: dict[str, Rule]) -> None:
+    """ConfigError if a classifier of zeros is frozen: no gradient passes it."""
+    if rules["classifier/kernel"].frozen:
+        raise ConfigError(
+            "the classifier is new and starts from zero, but it is frozen, so nothing would be learned: train it "
+            "(config.trainable, config.optimizer.rules), or start from weights whose classifier has these classes."
+        )
+
+
 def _resolved(config: Config, architecture: dict, saved: Metadata | None) -> Config:
     """With the model's shape filled in and an absolute data.root; ConfigError when a new run asks for another shape."""
     values = {f"model.{field}": architecture[field] for field in (*SHAPE, "pool")}
@@ -263,10 +275,20 @@ def _resolved(config: Config, architecture: dict, saved: Metadata | None) -> Con
             "out, or empty config.model.pretrained for random weights."
         )
     if saved and not config.lora.rank:  # the weights that the run started from; those of LoRA may have been moved
-        given["model.pretrained"] = saved.config["model"]["pretrained"]
-    elif (folder := Path(config.model.pretrained).expanduser()).is_dir() and config.model.pretrained:
-        given["model.pretrained"] = str(folder.resolve())
+        given["model.pretrained"] = stored = saved.config["model"]["pretrained"]
+        if _absolute(config.model.pretrained) != stored:
+            log.info(
+                "config.model.pretrained is not read: the run goes on from its checkpoint, and began with %r", stored
+            )
+    else:
+        given["model.pretrained"] = _absolute(config.model.pretrained)
     return config.replace(values | given | {"data.root": str(Path(config.data.root).resolve())})
+
+
+def _absolute(pretrained: str) -> str:
+    """The path of a folder, or what else names weights."""
+    folder = Path(pretrained).expanduser()
+    return str(folder.resolve()) if pretrained and folder.is_dir() else pretrained
 
 
 def _check_workdir(workdir: Path) -> None:

@@ -48,7 +48,9 @@ def read_config(folder: Path) -> dict:
     """config.json with its model_type's defaults filled in; UserError for what our model does not support."""
     file = folder / "config.json"
     hf = read_json(file)
-    if (model_type := hf.get("model_type")) not in DEFAULTS:
+    if "model_type" not in hf and (folder / "checkpoints").is_dir():
+        raise UserError(f"{folder} is the workdir of a run: give it as --workdir, or `export` the run first.")
+    if not isinstance(model_type := hf.get("model_type"), str) or model_type not in DEFAULTS:
         raise UserError(f"{file}: model_type is {model_type!r}; supported are {', '.join(DEFAULTS)}.")
     hf = DEFAULTS[model_type] | hf
     for field, expected in {"hidden_act": "gelu", "num_channels": 3}.items():
