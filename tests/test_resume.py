@@ -8,14 +8,29 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from tiny_runs import FINISHED, STOPPED, arrays_of, at, crash, losses, read_evaluations, steps_of, terminate, train
+from tiny_runs import (
+    FINISHED,
+    STOPPED,
+    arrays_of,
+    at,
+    crash,
+    losses,
+    metadata_of,
+    read_evaluations,
+    steps_of,
+    terminate,
+    train,
+)  # fmt: skip
 
 from vit_nabirds import cli
 from vit_nabirds.commands.evaluate import evaluate
+from vit_nabirds.config import Config
+from vit_nabirds.config.plan import Plan
 from vit_nabirds.errors import UserError
 from vit_nabirds.parallel.locks import lock
+from vit_nabirds.recipe.optimizer import make_schedule
 from vit_nabirds.runs.files import crc32_of
-from vit_nabirds.runs.metrics import split_metrics
+from vit_nabirds.runs.metrics import read_metrics, split_metrics
 from vit_nabirds.runs.selection import Selection
 
 
@@ -270,6 +285,65 @@ def test_a_training_goes_on_from_the_newest_checkpoint_that_is_intact(
         in said
     )
     assert (run / "damaged" / str(steps[-1])).is_dir() and losses(run) == losses(undisturbed)
+
+
+def test_a_finished_run_goes_on_with_more_epochs_and_another_rate(undisturbed, tiny_config, tmp_path, caplog):
+    run = shutil.copytree(undisturbed, tmp_path / "run")
+    tiny_config.epochs, tiny_config.optimizer.learning_rate = 6.0, 0.004
+    with pytest.raises(UserError, match=r"epochs: 4.0 -> 6.0; .*, or pass --accept_changes to go on with it from the"):
+        train(tiny_config, run)
+    assert train(tiny_config, run, accept_changes=True) == FINISHED
+    config = Config.read(tiny_config)
+    expected = make_schedule(config, Plan.of(config, 40))
+    rates = {
+        line["step"]: line["train/learning_rate"]
+        for line in read_metrics(run / "metrics.jsonl")
+        if "train/loss" in line
+    }
+    assert list(rates) == list(range(1, 31))
+    assert all(rates[step] == pytest.approx(float(expected(step - 1)), rel=1e-5) for step in range(21, 31))
+    changed = {"epochs": "4.0 -> 6.0", "optimizer.learning_rate": "0.01 -> 0.004"}
+    assert metadata_of(run).history == [{"step": 20, "changed": changed}]
+    assert "changed from step 20 on: " in caplog.text
+    assert train(tiny_config, run, accept_changes=True) == train(tiny_config, run) == FINISHED  # no change any more
+    assert metadata_of(run).history == [{"step": 20, "changed": changed}]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda c: c.update(batch_size=4, epochs=6.0),
+            r"configuration \(batch_size: 8 -> 4\): use another --workdir, or take",
+        ),
+        (lambda c: c.data.update(validation=0.2), "data.validation"),
+        (
+            lambda c: c.optimizer.update(name="sgd"),
+            r"the change \(optimizer.name\) needs other parameters or another state",
+        ),
+        (lambda c: c.update(ema_decay=0.9), r"the change \(ema_decay\) needs other"),
+        (lambda c: c.update(trainable="classifier"), "trainable: "),
+    ],
+)
+def test_what_can_never_change_on_the_way(undisturbed, tiny_config, tmp_path, change, message):
+    run = unfinished(undisturbed, tmp_path)
+    change(tiny_config)
+    with pytest.raises(UserError, match=message):
+        train(tiny_config, run, accept_changes=True)
+    assert steps_of(run)[-1] == 15 and metadata_of(run).history == []
+
+
+def test_a_run_goes_on_from_an_earlier_checkpoint_at_a_lower_rate(undisturbed, tiny_config, tmp_path):
+    run = shutil.copytree(undisturbed, tmp_path / "run")
+    with pytest.raises(UserError, match="--from_step is 3, but .* has checkpoints of "):
+        train(tiny_config, run, accept_changes=True, from_step=3)
+    tiny_config.optimizer.learning_rate = 0.001
+    assert train(tiny_config, run, accept_changes=True, from_step=15) == FINISHED
+    assert (run / "left" / "20").is_dir() and metadata_of(run).history[0]["step"] == 15
+    before, after = losses(undisturbed), losses(run)
+    assert [step for step in before if before[step] != after[step]][
+        0
+    ] == 17  # the rate of step 16 shows in the loss of 17
 
 
 def test_the_only_checkpoint_is_not_set_aside(undisturbed, tiny_config, tmp_path):

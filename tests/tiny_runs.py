@@ -23,8 +23,8 @@ from vit_nabirds.training.train import train as train_run
 FINISHED, STOPPED = 0, 75
 
 
-def train(config: ConfigDict, workdir: Path) -> int:
-    return train_run(Config.read(config), workdir, ProcessGroup())
+def train(config: ConfigDict, workdir: Path, **options) -> int:
+    return train_run(Config.read(config), workdir, ProcessGroup(), **options)
 
 
 def prepared_run(config: ConfigDict, workdir: Path) -> Run:

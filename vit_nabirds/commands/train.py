@@ -7,11 +7,16 @@ from pathlib import Path
 from vit_nabirds.commands.invocation import program, relative, tool
 from vit_nabirds.config import Config
 from vit_nabirds.config.fields import flat
+from vit_nabirds.errors import ConfigError
 
 log = logging.getLogger("vit_nabirds")
 
 REQUIRED = ()
-FLAGS = {"workdir": (str, "Folder of the run (default: runs/ and the name of the configuration file).")}
+FLAGS = {
+    "workdir": (str, "Folder of the run (default: runs/ and the name of the configuration file)."),
+    "accept_changes": (False, "Go on with the run although the configuration differs: more epochs, another recipe."),
+    "from_step": (int, "With --accept_changes: go on from this checkpoint; later ones move to left/ in the workdir."),
+}
 PARALLEL = True
 CONFIGURED = "demo.py"
 
@@ -22,17 +27,20 @@ def run(options, group) -> int:
     config = Config.read(options.config)
     check_same_program(group, flat(config.to_dict()))
     workdir = workdir_of(options)
+    if options.from_step is not None and not options.accept_changes:
+        raise ConfigError("--from_step needs --accept_changes: what the run has learned after it is left aside.")
     from vit_nabirds.runs.checkpoints import DamagedCheckpoint
     from vit_nabirds.training.train import FINISHED, train
 
-    code = None
+    code, from_step = None, options.from_step
     while code is None:
         try:
-            code = train(config, workdir, group)
+            code = train(config, workdir, group, options.accept_changes, from_step)
         except DamagedCheckpoint as damage:  # of several processes all end, and the job is queued again
             if damage.folder.exists():
                 raise
             log.warning("%s", damage)
+            from_step = None  # later checkpoints have been moved
     if code == FINISHED:
         log.info("%s", next_commands(workdir, config.data.synthetic))
     return code

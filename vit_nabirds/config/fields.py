@@ -432,11 +432,18 @@ FREE_ON_RESUME = re.compile(
 )
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """'field: old -> new' for each field that differs and that a resumed run may not change."""
-    changed = []
+# What a run may change on its way with --accept_changes: how it goes on, but not what it has learned on and with.
+CHANGEABLE = re.compile(
+    r"epochs|augment\..*|loss\..*|data\.(sampling|repeats)|model\.(dropout_rate|drop_path)|ema_decay|evaluate\.(select|views)"
+    r"|optimizer\..*|compute_dtype|gradient_dtype|seed"
+)
+
+
+def differences(old: Config, new: Config) -> dict[str, str]:
+    """'old -> new' by field, of each that differs and that a resumed run may not change without being told to."""
+    changed = {}
     for name in (name for name, _ in fields() if not FREE_ON_RESUME.fullmatch(name)):
         before, after = (operator.attrgetter(name)(config) for config in (old, new))
         if before != after:
-            changed.append(f"{name}: {before} -> {after}")
+            changed[name] = f"{before} -> {after}"
     return changed

@@ -37,12 +37,15 @@ class Metadata:
     normalization: Normalization
     fingerprint: str  # of the photographs
     crop: str = "box"  # or "none": what part of the photographs the run has seen
+    history: list[dict] = dataclasses.field(
+        default_factory=list
+    )  # of changes on the way: {"step": 20, "changed": {"epochs": "2.0 -> 4.0"}}
     base: str | None = None  # `base_checksum` of the weights that the run started from, if they were not random
 
     @classmethod
     def from_json(cls, fields: dict) -> Self:
         normalization = Normalization(*(tuple(values) for values in fields["normalization"].values()))
-        fields = {"crop": "box", "base": None} | fields  # earlier versions knew nothing else
+        fields = {"crop": "box", "base": None, "history": []} | fields  # earlier versions knew nothing else
         fields = {field.name: fields[field.name] for field in dataclasses.fields(cls)}
         return cls(**fields | {"config": with_defaults(fields["config"]), "normalization": normalization})
 
@@ -70,17 +73,17 @@ def damage_set_aside(workdir: Path) -> Iterator[None]:
             )
             raise
         aside.mkdir(exist_ok=True)
-        place = next(aside / name for name in _names(folder.name) if not (aside / name).exists())
+        place = free_name(aside / folder.name)
         with contextlib.suppress(FileNotFoundError):  # another process has moved it
             folder.rename(place)
         damage.args = (f"{folder} is damaged and lies in {aside} now: the run goes on from step {max(others)}.",)
         raise
 
 
-def _names(name: str) -> Iterator[str]:
-    """'20', '20.1', '20.2', ..."""
-    yield name
-    yield from (f"{name}.{number}" for number in itertools.count(1))
+def free_name(path: Path) -> Path:
+    """The path, or with .1, .2, ... behind it the first that does not exist."""
+    names = itertools.chain([path.name], (f"{path.name}.{number}" for number in itertools.count(1)))
+    return next(path.with_name(name) for name in names if not path.with_name(name).exists())
 
 
 class Checkpoints:
@@ -136,12 +139,20 @@ class Checkpoints:
             raise self._of_another_version(step)
         return list(arrays[part])
 
+    def fits(self, step: int, like: dict[str, dict[str, jax.ShapeDtypeStruct]]) -> bool:
+        """Whether the parts named in `like` have arrays of these paths, dtypes and shapes."""
+        stored = self._stored(step)["arrays"]
+        return all(
+            {path: x[:2] for path, x in stored.get(name, {}).items()}
+            == {path: _described(x) for path, x in part.items()}
+            for name, part in like.items()
+        )
+
     def restore(self, step: int, like: dict[str, dict[str, jax.ShapeDtypeStruct]]) -> dict[str, Arrays]:
         """The parts named in `like`, each array on the sharding that `like` gives it."""
         stored = self._stored(step)["arrays"]
-        for name, part in like.items():
-            if {path: x[:2] for path, x in stored[name].items()} != {path: _described(x) for path, x in part.items()}:
-                raise self._of_another_version(step)
+        if not self.fits(step, like):
+            raise self._of_another_version(step)
         try:
             parts = self._orbax.load_checkpointables(step, like)
         except (ValueError, KeyError, OSError) as error:

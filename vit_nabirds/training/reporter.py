@@ -18,8 +18,8 @@ log = logging.getLogger("vit_nabirds")
 METRICS = ("train/loss", "train/accuracy", "train/learning_rate", "train/gradient_norm")
 NAMED = 8  # photographs of a step in the log; metrics.jsonl has all
 DIVERGED = (
-    "lower config.optimizer.learning_rate, lengthen config.optimizer.warmup or set config.optimizer.clip_norm=1, and "
-    "start in a new --workdir."
+    "lower config.optimizer.learning_rate or set config.optimizer.clip_norm=1, and start in a new --workdir, or go on "
+    "from an earlier checkpoint with --accept_changes --from_step=STEP."
 )
 
 

@@ -1,5 +1,6 @@
 """A run before it starts: everything that can be wrong is checked, and nothing is written into its workdir."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -14,7 +15,7 @@ import optax
 import polars as pl
 
 from vit_nabirds.config import Config
-from vit_nabirds.config.fields import SHAPE, differences, flat
+from vit_nabirds.config.fields import CHANGEABLE, SHAPE, differences, flat
 from vit_nabirds.config.plan import Plan
 from vit_nabirds.data.batches import batch_bytes, check_repeats, check_workers, train_batches, worker_count
 from vit_nabirds.data.photographs import Photographs, check_labels, check_sizes, open_split
@@ -172,10 +173,17 @@ class Run:
         return unread.watch(batches)
 
 
-def prepare_run(config: Config, workdir: Path, group: ProcessGroup, mesh: jax.sharding.Mesh | None = None) -> Run:
+def prepare_run(
+    config: Config,
+    workdir: Path,
+    group: ProcessGroup,
+    mesh: jax.sharding.Mesh | None = None,
+    accept_changes: bool = False,
+) -> Run:
     """Check everything and return the run, on all devices or on a given mesh, whose devices need not exist.
 
-    Writes nothing into the workdir; UserError for a mistake of the user's.
+    With `accept_changes`, a run goes on with another recipe. Writes nothing into the workdir; UserError for a mistake
+    of the user's.
     """
     check_workers(config.data.workers)
     devices.split_cpu(config.cpu_devices)
@@ -198,6 +206,7 @@ def prepare_run(config: Config, workdir: Path, group: ProcessGroup, mesh: jax.sh
         architecture, normalization, pretrained = starting_point(config, group)
     config = _resolved(config, architecture, saved)
     classes, crop = class_names(table), settings_of(root).get("crop", "box")
+    changed = {}
     base, digests = saved.base if saved else None, {}
     if pretrained:
         log.info(pretrained.account(architecture, classes))
@@ -205,7 +214,10 @@ def prepare_run(config: Config, workdir: Path, group: ProcessGroup, mesh: jax.sh
         base = base_checksum(digests)
     metadata = Metadata(config.to_dict(), architecture, classes, normalization, fingerprint(root, table), crop, base)
     if saved:
-        _check_same_run(saved, metadata, config, workdir)
+        if changed := _changes_of(saved, metadata, config, workdir, accept_changes):
+            log.info("changed from step %d on: %s", max(saved_steps), changed)
+        entry = [{"step": max(saved_steps), "changed": changed}] if changed else []
+        metadata = dataclasses.replace(metadata, history=[*saved.history, *entry])
     for split in (train_split, test_split):
         check_labels(split, len(classes))
     check_sizes(architecture["image_size"], test_split, train_split)
@@ -229,9 +241,22 @@ def prepare_run(config: Config, workdir: Path, group: ProcessGroup, mesh: jax.sh
         config, plan, workdir, mesh, table, train_split, validation_split, test_split, read_taxonomy(root, table),
         model, metadata, pretrained, rules, trainable, tx, make_step, saved_steps, selection,
     )  # fmt: skip
+    if changed:
+        check_state(run, changed)
     selection.forget_after(run.start)
     _check_agreement(run, group)
     return run
+
+
+def check_state(run: Run, changed: dict[str, str]) -> None:
+    """UserError if the newest checkpoint has other arrays than the run as it was changed."""
+    with contextlib.closing(Checkpoints(run.workdir / "checkpoints", read_only=True)) as checkpoints:
+        fits = checkpoints.fits(run.start, run.state_shapes().parts(run.saved))
+    if not fits:
+        raise UserError(
+            f"the change ({', '.join(changed)}) needs other parameters or another state of the optimizer than the "
+            "checkpoint has: use another --workdir, which may start from this one (--config.model.pretrained)."
+        )
 
 
 def check_batch_size(config: Config, num_devices: int) -> None:
@@ -300,13 +325,20 @@ def _check_workdir(workdir: Path) -> None:
         raise UserError(f"{workdir} holds the results of a run whose checkpoints are gone: use another --workdir.")
 
 
-def _check_same_run(saved: Metadata, metadata: Metadata, config: Config, workdir: Path) -> None:
-    """UserError when the workdir holds another run: going on would mix the two."""
+def _changes_of(saved: Metadata, metadata: Metadata, config: Config, workdir: Path, accept_changes: bool) -> dict:
+    """What the configuration changes of a run on its way, by field, if that is accepted.
+
+    UserError when the workdir holds another run: going on would mix the two.
+    """
     root = config.data.root
-    if changed := differences(Config.read(flat(saved.config) | {"data.root": root}), config):
+    changed = differences(Config.read(flat(saved.config) | {"data.root": root}), config)
+    fixed = {name: change for name, change in changed.items() if not CHANGEABLE.fullmatch(name)}
+    if fixed or changed and not accept_changes:
+        words = "; ".join(f"{name}: {change}" for name, change in (fixed or changed).items())
+        advice = "" if fixed else ", or pass --accept_changes to go on with it from the newest checkpoint"
         raise UserError(
-            f"{workdir} holds a run with another configuration ({'; '.join(changed)}): use another --workdir, or take "
-            "the change back to resume it."
+            f"{workdir} holds a run with another configuration ({words}): use another --workdir, or take the change "
+            f"back to resume it{advice}."
         )
     if saved.species != metadata.species:
         raise UserError(
@@ -318,6 +350,7 @@ def _check_same_run(saved: Metadata, metadata: Metadata, config: Config, workdir
             f"{workdir} holds a run on other records or images than {root} has (its metadata.parquet or prepared.json "
             "differs): use another --workdir, or the data of that run."
         )
+    return changed
 
 
 def _check_agreement(run: Run, group: ProcessGroup) -> None:

@@ -23,7 +23,7 @@ from vit_nabirds.parallel.group import ProcessGroup
 from vit_nabirds.parallel.locks import lock
 from vit_nabirds.parallel.preemption import EXIT_STOPPED, StopRequest
 from vit_nabirds.recipe.rules import describe_rules
-from vit_nabirds.runs.checkpoints import Checkpoints, damage_set_aside
+from vit_nabirds.runs.checkpoints import Checkpoints, damage_set_aside, existing, free_name
 from vit_nabirds.runs.compiled import keep_compiled
 from vit_nabirds.runs.files import write_json
 from vit_nabirds.runs.selection import PREDICTIONS
@@ -41,16 +41,24 @@ log = logging.getLogger("vit_nabirds")
 FINISHED = 0
 
 
-def train(config: Config, workdir: Path, group: ProcessGroup) -> int:
-    """Train or resume the run in `workdir`; returns the exit code: 0 finished, 75 stopped with everything saved."""
+def train(
+    config: Config, workdir: Path, group: ProcessGroup, accept_changes: bool = False, from_step: int | None = None
+) -> int:
+    """Train or resume the run in `workdir`; returns the exit code: 0 finished, 75 stopped with everything saved.
+
+    With `accept_changes` it goes on with another recipe, and from an earlier checkpoint, `from_step`.
+    """
     with contextlib.ExitStack() as stack:
         signals = {signal.Signals[f"SIG{name}"] for name in config.stop_signals.split(",")}
         stop = stack.enter_context(StopRequest(group.is_writer, signals))
         if config.data.synthetic:
             with group.writer_first("drawing"):
                 prepare_synthetic(Path(config.data.root), config.model.image_size)
+        if from_step is not None:
+            with group.writer_first("from_step"):
+                back_to(workdir, from_step)
         with damage_set_aside(workdir):
-            run = prepare_run(config, workdir, group)
+            run = prepare_run(config, workdir, group, accept_changes=accept_changes)
         loaded = run.pretrained_params()
 
         # Everything is known to be right: from here on the run writes.
@@ -99,6 +107,20 @@ def train(config: Config, workdir: Path, group: ProcessGroup) -> int:
             write_json(workdir / "results.json", results)
     log.info("finished: %s", in_words(results, run.plan.total_steps))
     return FINISHED
+
+
+def back_to(workdir: Path, step: int) -> None:
+    """Move the checkpoints after `step` to WORKDIR/left, where no run reads them; ConfigError if there is none."""
+    steps = existing(workdir / "checkpoints")[0]
+    if step not in steps:
+        raise ConfigError(
+            f"--from_step is {step}, but {workdir} has checkpoints of {', '.join(map(str, steps)) or 'no step'}."
+        )
+    for later in steps[steps.index(step) + 1 :]:
+        (workdir / "left").mkdir(exist_ok=True)
+        place = free_name(workdir / "left" / str(later))
+        (workdir / "checkpoints" / str(later)).rename(place)
+        log.info("the checkpoint of step %d lies in %s now", later, place)
 
 
 def prepare_synthetic(root: Path, image_size: int) -> None:
