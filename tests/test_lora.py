@@ -227,9 +227,7 @@ def test_a_run_is_read_from_where_its_weights_lie_now(hf_folder, tmp_path):
 
 
 def test_a_rank_above_the_width_of_a_layer_is_an_error():
-    with pytest.raises(
-        ConfigError, match="config.lora.rank is 17, but encoder/layers/0/attn/query has no more than 16"
-    ):
+    with pytest.raises(ConfigError, match="config.lora.rank is 17, but encoder/layers/0/attn/key has no more than 16"):
         describe(SHAPE, len(SPECIES), lora=Lora(rank=17))
 
 

@@ -37,10 +37,9 @@ class Metadata:
     normalization: Normalization
     fingerprint: str  # of the photographs
     crop: str = "box"  # or "none": what part of the photographs the run has seen
-    history: list[dict] = dataclasses.field(
-        default_factory=list
-    )  # of changes on the way: {"step": 20, "changed": {"epochs": "2.0 -> 4.0"}}
     base: str | None = None  # `base_checksum` of the weights that the run started from, if they were not random
+    # Changes on the way, like {"step": 20, "changed": {"epochs": "2.0 -> 4.0"}}.
+    history: list[dict] = dataclasses.field(default_factory=list)
 
     @classmethod
     def from_json(cls, fields: dict) -> Self:
