@@ -108,12 +108,12 @@ def test_the_pattern_chooses_projections_of_blocks_alone():
 
 def test_the_second_factor_is_zero_the_first_is_drawn_as_peft_draws_it_and_all_else_as_without_them():
     """torch's kaiming_uniform_(a=√5): uniform within 1 / √(fan in)."""
-    shape = SHAPE | {"num_layers": 1}
+    shape = SHAPE | {"num_layers": 1, "hidden_size": 208, "mlp_dim": 416}
     params = describe(shape, 4, lora=Lora(rank=200)).initial_params(seed=5)
     plain = describe(shape, 4).initial_params(seed=5)
     assert all(np.array_equal(params[path], plain[path]) for path in plain)
     assert not any(x.any() for path, x in params.items() if path.endswith("lora_b"))
-    for path, fan_in in {"attn/out": 16, "mlp/layers/0": 16, "mlp/layers/2": 32}.items():
+    for path, fan_in in {"attn/out": 208, "mlp/layers/0": 208, "mlp/layers/2": 416}.items():
         a = params[f"encoder/layers/0/{path}/lora/lora_a"]
         assert a.shape[0] == fan_in and a.std() == pytest.approx((3 * fan_in) ** -0.5, rel=0.03)
         assert 0.99 < np.abs(a).max() * fan_in**0.5 <= 1

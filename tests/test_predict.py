@@ -292,7 +292,7 @@ def test_no_readable_photograph_is_a_failure(run, folder, tmp_path):
         (dict(out="nowhere/birds.csv"), "there is no folder"),
         (dict(workdir="nowhere"), "holds no run"),
         (dict(out="images.csv"), "is a folder: give the name of a file"),
-        (dict(model="nowhere"), "takes a workdir, with or without a step, or a model"),
+        (dict(model="nowhere"), "takes a workdir, with or without a step and views, or a model"),
     ],
 )
 def test_mistakes_are_reported_before_anything_is_written(run, folder, tmp_path, monkeypatch, arguments, message):

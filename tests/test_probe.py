@@ -232,12 +232,15 @@ def test_the_same_command_finishes_what_was_stopped_and_repeats_nothing(probed, 
         run_probe(config, workdir)
 
 
-def test_training_has_nothing_left_to_do_in_a_probe_and_a_probe_nothing_in_a_training(probed, prepared, tmp_path):
+def test_a_training_refuses_a_probe_and_a_probe_a_training(probed, prepared, tmp_path):
     workdir = shutil.copytree(probed, tmp_path / "run")
     optimizer = metadata_of(workdir).config["optimizer"]
     config = probe_config(prepared)
     config.optimizer.update({name: optimizer[name] for name in ("learning_rate", "weight_decay")})
     before = json.loads((workdir / "results.json").read_text())
+    with pytest.raises(UserError, match=r"another configuration \(augment.flip: False -> True; .*contrast"):
+        train(config, workdir)  # a probe augments nothing
+    config.augment.update(flip=False, contrast=(1.0, 1.0), gamma=(1.0, 1.0))
     assert train(config, workdir) == FINISHED and steps_of(workdir) == [10]
     assert json.loads((workdir / "results.json").read_text())["test"] == before["test"]
     (workdir / "sweep.json").unlink()
