@@ -17,7 +17,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_pack import images_of
-from tiny_runs import FINISHED, arrays_of, losses, metadata_of, prepared_run, read_evaluations, steps_of, train
+from tiny_runs import FINISHED, arrays_of, at, losses, metadata_of, prepared_run, read_evaluations, steps_of, train
 
 from vit_nabirds.audit.program import collectives
 from vit_nabirds.commands.evaluate import evaluate
@@ -359,6 +359,13 @@ def test_checkpoints_by_the_clock(tiny_config, tmp_path):
     tiny_config.evaluate.every = "100 epochs"
     assert train(tiny_config, tmp_path) == FINISHED
     assert steps_of(tmp_path) == [19, 20]
+
+
+@pytest.mark.parametrize("removed", [".", "checkpoints"])
+def test_a_workdir_that_is_removed_is_noticed_at_the_next_save(tiny_config, tmp_path, removed):
+    with at("step 7/20", lambda: shutil.rmtree(tmp_path / "run" / removed)):
+        with pytest.raises(UserError, match="checkpoints was removed or emptied .* and step 10 is not saved"):
+            train(tiny_config, tmp_path / "run")
 
 
 def test_parameters_that_overflow_are_not_saved(tiny_config, tmp_path):

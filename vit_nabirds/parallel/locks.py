@@ -1,22 +1,115 @@
 """Locks on files, so that one process at a time trains in a workdir or packs a folder."""
 
+import contextlib
 import fcntl
+import json
 import logging
+import os
+import socket
+import threading
+import time
 from pathlib import Path
-from typing import TextIO
+from typing import Self, TextIO
 
 from vit_nabirds.errors import UserError
 
 log = logging.getLogger("vit_nabirds")
 
+HEARTBEAT = 20.0  # seconds between two signs of life of an owner
+SILENCE = 120.0  # seconds without one after which its lock counts for nothing
 
-def lock(file: Path, message: str) -> TextIO:
-    """Lock the file until it is closed; UserError(message) if another process has locked it."""
+
+def lock(file: Path, message: str) -> "TextIO | Owner":
+    """Lock the file until it is closed; UserError(message) if another process has locked it.
+
+    Where the file system has no locks, a file beside it names the owner.
+    """
     opened = file.open("a")
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        opened.close()
         raise UserError(message) from None
-    except OSError as error:  # a file system without locks
-        log.info("%s is not locked (%s): nothing keeps another process out", file, error.strerror)
+    except OSError:
+        opened.close()
+        return Owner(file.with_name(f"{file.name}.owner"), message)
     return opened
+
+
+class Owner:
+    """A file that names the process that has it, which touches it again and again as a sign of life.
+
+    UserError(message) if another process has it. One that is dead, or silent for long, has lost it.
+    """
+
+    def __init__(self, file: Path, message: str) -> None:
+        self._file, self._closing = file, threading.Event()
+        mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+        for _ in range(2):
+            try:
+                self._opened = file.open("x")
+                self._opened.write(json.dumps(mine))
+                self._opened.flush()
+                break
+            except FileExistsError:
+                if (owner := _alive(file)) is not None:
+                    raise UserError(f"{message} (It is process {owner.get('pid')} on {owner.get('host')}.)") from None
+                file.unlink(missing_ok=True)
+        else:
+            raise UserError(message)
+        self._thread = threading.Thread(target=self._live, daemon=True)
+        self._thread.start()
+
+    def _live(self) -> None:
+        while not self._closing.wait(HEARTBEAT):
+            with contextlib.suppress(OSError):
+                os.utime(self._file)
+
+    def fileno(self) -> int:
+        return self._opened.fileno()
+
+    def close(self) -> None:
+        self._closing.set()
+        self._opened.close()
+        self._thread.join()
+        self._file.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _alive(file: Path) -> dict | None:
+    """What the file says of its owner; None if that one is dead or silent."""
+    try:
+        written = file.stat().st_mtime
+        owner = json.loads(file.read_text())
+        if owner["host"] == socket.gethostname():
+            return owner if _started(owner["pid"]) == owner["started"] else None
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):  # in the moment between its creation and its first words, or damaged
+        owner = {}
+    return owner if _now(file.parent) - written < SILENCE else None
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this machine started, by its kernel; None if there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def _now(folder: Path) -> float:
+    """By the clock of the storage, which is not that of this machine."""
+    probe = folder / f".clock-{socket.gethostname()}-{os.getpid()}"
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    except OSError:
+        return time.time()
+    finally:
+        probe.unlink(missing_ok=True)

@@ -92,6 +92,7 @@ class Checkpoints:
     def __init__(self, folder: Path, read_only: bool = False) -> None:
         self.keep: Collection[int] = ()
         self._saving = None  # Orbax's response of the save under way
+        self._newest = None  # step of the last save
         self._orbax = ocp.training.Checkpointer(
             folder.absolute(),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
@@ -122,10 +123,21 @@ class Checkpoints:
         options.array.saving.use_replica_parallel = False  # it cuts up copies of the arrays on the devices
         options.array.saving.use_zarr3 = False  # a third slower to read, for checksums of its own
         self.wait()
+        self._check_folder(step)
         fields = json.loads(json.dumps(dataclasses.asdict(metadata) | {"format": FORMAT, "arrays": arrays}))
         with options:
             self._saving = self._orbax.save_checkpointables_async(
                 step, parts, custom_metadata=fields | {"crc32": crc32_of(fields)}
+            )
+        self._newest = step
+
+    def _check_folder(self, step: int) -> None:
+        """UserError if somebody has removed what was saved before: Orbax would go on in a new folder."""
+        folder = Path(self._orbax.directory)
+        if not folder.is_dir() or self._newest is not None and not (folder / str(self._newest)).is_dir():
+            raise UserError(
+                f"{folder} was removed or emptied while the run was writing to it, and step {step} is not saved: keep "
+                "other programs out of the workdir, and run the same command again."
             )
 
     def metadata(self, step: int) -> Metadata:
