@@ -363,6 +363,7 @@ def test_checkpoints_by_the_clock(tiny_config, tmp_path):
 
 @pytest.mark.parametrize("removed", [".", "checkpoints"])
 def test_a_workdir_that_is_removed_is_noticed_at_the_next_save(tiny_config, tmp_path, removed):
+    tiny_config.checkpoint.every = tiny_config.evaluate.every = "10 steps"
     with at("step 7/20", lambda: shutil.rmtree(tmp_path / "run" / removed)):
         with pytest.raises(UserError, match="checkpoints was removed or emptied .* and step 10 is not saved"):
             train(tiny_config, tmp_path / "run")
