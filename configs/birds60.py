@@ -18,8 +18,8 @@ All sixty, gentle parts of the recipe and more epochs, on 1,620 photographs, sel
         --config.model.drop_path=0.1 --config.ema_decay=0.99 --config.optimizer.layer_decay=0.75 \\
         --config.optimizer.learning_rate=1e-4 --config.optimizer.head_multiplier=15
     95.0 % (1,646 of 1,733; 95 % interval 93.8 to 95.9) after 10 of 12 epochs, 97.8 % on the validation photographs;
-    94.9 % after 12. With mixing, frozen lower blocks and 16 epochs 94.5 %: docs/recipes.md has the table and what limits
-    it. This configuration as it is, on all 1,800: 88.0, 93.3 and 95.0 % (1,647) after 2, 4 and 6 epochs.
+    94.9 % after 12. With mixing, frozen lower blocks and 16 epochs 94.5 %: docs/recipes.md has the table, and what
+    limits it. This configuration as it is, on all 1,800: 88.0, 93.3 and 95.0 % (1,647) after 2, 4 and 6 epochs.
 
 The head alone: configs/linear_probe.py.
 
