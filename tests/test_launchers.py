@@ -100,6 +100,12 @@ def test_half_an_environment_is_one_message(environ, message):
         launched(environ)
 
 
+def test_the_user_may_say_where_process_0_is():
+    several = OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
+    assert launched(several, "gpu7:5000") == Launch("gpu7:5000", 2, 1)
+    assert launched(STEP | {"SLURM_DISTRIBUTION": "arbitrary"}, "gpu7:5000") == Launch("gpu7:5000", 8, 6)
+
+
 def test_with_an_arbitrary_distribution_the_file_says_where_task_0_is(tmp_path):
     (tmp_path / "hosts").write_text("gpu009\ngpu007\ngpu007\n")
     environ = {"SLURM_DISTRIBUTION": "arbitrary", "SLURM_HOSTFILE": str(tmp_path / "hosts")}

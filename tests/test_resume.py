@@ -29,6 +29,7 @@ from vit_nabirds.config.plan import Plan
 from vit_nabirds.errors import UserError
 from vit_nabirds.parallel.locks import lock
 from vit_nabirds.recipe.optimizer import make_schedule
+from vit_nabirds.runs.checkpoints import DamagedCheckpoint, damage_set_aside
 from vit_nabirds.runs.files import crc32_of
 from vit_nabirds.runs.metrics import read_metrics, split_metrics
 from vit_nabirds.runs.selection import Selection
@@ -335,11 +336,17 @@ def test_what_can_never_change_on_the_way(undisturbed, tiny_config, tmp_path, ch
 
 def test_a_run_goes_on_from_an_earlier_checkpoint_at_a_lower_rate(undisturbed, tiny_config, tmp_path):
     run = shutil.copytree(undisturbed, tmp_path / "run")
+    tiny_config.optimizer.learning_rate = 0.001
     with pytest.raises(UserError, match="--from_step is 3, but .* has checkpoints of "):
         train(tiny_config, run, accept_changes=True, from_step=3)
-    tiny_config.optimizer.learning_rate = 0.001
+    with pytest.raises(UserError, match="--from_step is 3, but .* has no checkpoints"):
+        train(tiny_config, tmp_path / "new", accept_changes=True, from_step=3)
+    assert steps_of(run) == steps_of(undisturbed) and not (tmp_path / "new").exists()
     assert train(tiny_config, run, accept_changes=True, from_step=15) == FINISHED
     assert (run / "left" / "20").is_dir() and metadata_of(run).history[0]["step"] == 15
+    kept = steps_of(run)
+    assert train(tiny_config, run, accept_changes=True, from_step=15) == FINISHED  # as a job that is queued again
+    assert steps_of(run) == kept and [file.name for file in (run / "left").iterdir()] == ["20"]
     before, after = losses(undisturbed), losses(run)
     assert [step for step in before if before[step] != after[step]][
         0
@@ -354,6 +361,19 @@ def test_the_only_checkpoint_is_not_set_aside(undisturbed, tiny_config, tmp_path
     for _ in range(2):
         with pytest.raises(UserError, match="checkpoints/15 is damaged, and there is no other: delete it to start"):
             train(tiny_config, run)
+
+
+def test_a_damaged_checkpoint_stays_where_another_process_trains_and_where_it_is_of_another_run(undisturbed, tmp_path):
+    run = unfinished(undisturbed, tmp_path)
+    folder = run / "checkpoints" / "15"
+    with lock(run / "lock", "not this one"):
+        with pytest.raises(UserError, match="15 is damaged.* Another process works in"):
+            with damage_set_aside(run, is_locked=False):
+                raise DamagedCheckpoint(folder)
+    with pytest.raises(DamagedCheckpoint):
+        with damage_set_aside(tmp_path / "other"):
+            raise DamagedCheckpoint(folder)
+    assert folder.is_dir() and not (tmp_path / "other").exists()
 
 
 def test_an_evaluation_of_a_damaged_selection_says_what_it_used(undisturbed, tmp_path, capsys, caplog):

@@ -32,15 +32,14 @@ def run(options, group) -> int:
     from vit_nabirds.runs.checkpoints import DamagedCheckpoint
     from vit_nabirds.training.train import FINISHED, train
 
-    code, from_step = None, options.from_step
+    code = None
     while code is None:
         try:
-            code = train(config, workdir, group, options.accept_changes, from_step)
+            code = train(config, workdir, group, options.accept_changes, options.from_step)
         except DamagedCheckpoint as damage:  # of several processes all end, and the job is queued again
             if damage.folder.exists():
                 raise
             log.warning("%s", damage)
-            from_step = None  # later checkpoints have been moved
     if code == FINISHED:
         log.info("%s", next_commands(workdir, config.data.synthetic))
     return code

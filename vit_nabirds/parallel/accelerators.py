@@ -1,5 +1,6 @@
 """The GPUs that a process sees before JAX starts, and which of them are its own."""
 
+import contextlib
 import glob
 import importlib.metadata
 import os
@@ -45,8 +46,10 @@ def _on_node(root: Path, pattern: str) -> list[str]:
     files = sorted(map(Path, glob.glob(str(root / pattern))), key=lambda file: int(re.sub(r"\D", "", file.name)))
     uuids = {}
     for file in glob.glob(str(root / "proc/driver/nvidia/gpus/*/information")):
-        found = dict(re.findall(r"^(GPU UUID|Device Minor):\s*(\S+)", Path(file).read_text(errors="replace"), re.M))
-        uuids["nvidia" + found.get("Device Minor", "?")] = found.get("GPU UUID")
+        with contextlib.suppress(OSError):
+            text = Path(file).read_text(errors="replace")
+            found = dict(re.findall(r"^(GPU UUID|Device Minor):\s*(\S+)", text, re.M))
+            uuids["nvidia" + found.get("Device Minor", "?")] = found.get("GPU UUID")
     return [uuids.get(file.name) or file.name for file in files if _may_open(file)]
 
 

@@ -53,12 +53,13 @@ _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NU
 _SAY_WHERE = "say where process 0 is: --coordinator=HOST:PORT, or MASTER_ADDR in the environment of all processes."
 
 
-def launched(environ: Mapping[str, str] = os.environ) -> Launch | None:
+def launched(environ: Mapping[str, str] = os.environ, coordinator: str | None = None) -> Launch | None:
     """What the environment says about this process; None if it is not one of several that a launcher started.
 
-    mpirun and torchrun come first: srun may have started them. ConfigError for half an environment.
+    `coordinator` is where process 0 listens, if the user has said so. mpirun and torchrun come first: srun may have
+    started them. ConfigError for half an environment.
     """
-    found = launched_by_slurm(environ)
+    found = launched_by_slurm(environ, coordinator)
     for launcher, names in LAUNCHERS.items():
         place = [environ.get(name) for name in names[:2]]
         if None in place or place[1] == "1" or not all(map(str.isdecimal, place)):
@@ -66,22 +67,21 @@ def launched(environ: Mapping[str, str] = os.environ) -> Launch | None:
         process_id, num_processes = map(int, place)
         if found and (found.process_id, found.num_processes) == (process_id, num_processes):
             return found  # srun has said it in the words of MPI too
-        return Launch(_coordinator(launcher, names, environ), num_processes, process_id)
-    if found is None and "PMIX_RANK" in environ and "SLURM_JOB_ID" not in environ:
-        if "OMPI_COMM_WORLD_SIZE" not in environ:
-            raise ConfigError(
-                "an MPI launcher has started this process (PMIX_RANK), but does not say how many there are: give "
-                "--num_processes, --process_id and --coordinator=HOST:PORT."
-            )
+        return Launch(coordinator or _coordinator(launcher, names, environ), num_processes, process_id)
+    if found is None and "PMIX_RANK" in environ and not {"SLURM_JOB_ID", "OMPI_COMM_WORLD_SIZE"} & environ.keys():
+        raise ConfigError(
+            "an MPI launcher has started this process (PMIX_RANK), but does not say how many there are: give "
+            "--num_processes, --process_id and --coordinator=HOST:PORT."
+        )
     return found
 
 
-def launched_by_slurm(environ: Mapping[str, str] = os.environ) -> Launch | None:
+def launched_by_slurm(environ: Mapping[str, str], coordinator: str | None = None) -> Launch | None:
     """What Slurm says about this task; None if it is not one of several tasks that srun started."""
     tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
     if tasks == "1" or _is_interactive(environ):
         return None
-    if int(environ.get("SLURM_HET_SIZE", 1)) > 1:
+    if environ.get("SLURM_HET_SIZE", "1") != "1":
         raise ConfigError(
             "this is a heterogeneous job (SLURM_HET_SIZE), whose parts count their tasks apart: submit a job of equal "
             "nodes."
@@ -91,12 +91,11 @@ def launched_by_slurm(environ: Mapping[str, str] = os.environ) -> Launch | None:
             f"srun has started {tasks} tasks (SLURM_STEP_NUM_TASKS), but {missing[0]} is missing in the environment: "
             "pass all of SLURM_* on, or unset SLURM_STEP_NUM_TASKS to train in one process."
         )
-    host = "127.0.0.1" if environ["SLURM_STEP_NUM_NODES"] == "1" else first_host(environ)
     try:
         # Steps of one job that share a node get different ports, above those that the kernel hands out.
         port = 61440 + (7 * int(environ["SLURM_JOB_ID"]) + int(environ["SLURM_STEP_ID"])) % 4096
         port = environ.get("JAX_COORDINATOR_PORT", port)
-        return Launch(f"{host}:{port}", int(tasks), int(environ["SLURM_PROCID"]))
+        return Launch(coordinator or f"{first_host(environ)}:{port}", int(tasks), int(environ["SLURM_PROCID"]))
     except ValueError as error:
         raise ConfigError(
             f"a number in the environment of Slurm is none ({error}): start the tasks with srun."
@@ -105,6 +104,8 @@ def launched_by_slurm(environ: Mapping[str, str] = os.environ) -> Launch | None:
 
 def first_host(environ: Mapping[str, str]) -> str:
     """The node of task 0, of 'gpu[007-009,12],login1' the first, but with --distribution=arbitrary that of the file."""
+    if environ["SLURM_STEP_NUM_NODES"] == "1":
+        return "127.0.0.1"
     if environ.get("SLURM_DISTRIBUTION") == "arbitrary":
         try:
             return Path(environ["SLURM_HOSTFILE"]).read_text().split()[0].split("*")[0]
@@ -164,10 +165,8 @@ def join(
     UserError if they do not all meet within `timeout` seconds, or if a GPU would be shared or idle.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
-    if all(value is None for value in given.values()):
-        launch = launched()
-    else:
-        launch = launched_by_slurm() if None in given.values() else None
+    launch = launched(coordinator=coordinator) if None in given.values() else None
+    if any(value is not None for value in given.values()):
         given = {name: getattr(launch, name, None) if value is None else value for name, value in given.items()}
         if missing := [f"--{name}" for name, value in given.items() if value is None]:
             raise ConfigError(f"a process of several that srun did not start needs {' and '.join(missing)} too.")

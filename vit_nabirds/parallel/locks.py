@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import json
-import logging
 import os
 import socket
 import threading
@@ -13,9 +12,8 @@ from typing import Self, TextIO
 
 from vit_nabirds.errors import UserError
 
-log = logging.getLogger("vit_nabirds")
-
 HEARTBEAT = 20.0  # seconds between two signs of life of an owner
+TAKING_OVER = 1.0  # seconds in which others who take over show themselves
 SILENCE = 120.0  # seconds without one after which its lock counts for nothing
 
 
@@ -44,21 +42,25 @@ class Owner:
 
     def __init__(self, file: Path, message: str) -> None:
         self._file, self._closing = file, threading.Event()
-        mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
-        for _ in range(2):
-            try:
-                self._opened = file.open("x")
-                self._opened.write(json.dumps(mine))
-                self._opened.flush()
-                break
-            except FileExistsError:
-                if (owner := _alive(file)) is not None:
-                    raise UserError(f"{message} (It is process {owner.get('pid')} on {owner.get('host')}.)") from None
-                file.unlink(missing_ok=True)
-        else:
-            raise UserError(message)
+        mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())})
+        try:
+            self._create(mine)
+        except FileExistsError:
+            if (owner := _alive(file)) is not None:
+                raise UserError(f"{message} (It is process {owner.get('pid')} on {owner.get('host')}.)") from None
+            file.unlink(missing_ok=True)
+            with contextlib.suppress(FileExistsError):
+                self._create(mine)
+            time.sleep(TAKING_OVER)  # another may have found the old owner dead in the same moment
+            if not file.exists() or file.read_text() != mine:
+                raise UserError(message) from None
         self._thread = threading.Thread(target=self._live, daemon=True)
         self._thread.start()
+
+    def _create(self, content: str) -> None:
+        self._opened = self._file.open("x")
+        self._opened.write(content)
+        self._opened.flush()
 
     def _live(self) -> None:
         while not self._closing.wait(HEARTBEAT):

@@ -21,6 +21,7 @@ from orbax.checkpoint import v1 as ocp
 from vit_nabirds.config.fields import with_defaults
 from vit_nabirds.errors import TransientError, UserError
 from vit_nabirds.models.normalization import Normalization
+from vit_nabirds.parallel.locks import lock
 from vit_nabirds.runs.files import crc32_of
 
 FORMAT = 2  # of the metadata below and of the trees
@@ -58,23 +59,26 @@ class DamagedCheckpoint(TransientError):
 
 
 @contextlib.contextmanager
-def damage_set_aside(workdir: Path) -> Iterator[None]:
-    """Move a checkpoint that turns out to be damaged to WORKDIR/damaged, unless there is no other, and raise it on with
-    words that say so."""
+def damage_set_aside(workdir: Path, is_locked: bool = True) -> Iterator[None]:
+    """Move a checkpoint of the run that turns out to be damaged to WORKDIR/damaged, unless there is no other, and raise
+    it on with words that say so. `is_locked`: this process, or another of its job, has the run's lock."""
     try:
         yield
     except DamagedCheckpoint as damage:
         folder, aside = damage.folder, workdir / "damaged"
+        if folder.parent != (workdir / "checkpoints").absolute():
+            raise  # of the run that this one starts from
         others = [int(file.name) for file in folder.parent.iterdir() if file.name.isdecimal() and file != folder]
         if not others:
             damage.args = (
                 f"{folder} is damaged, and there is no other: delete it to start the run from its first step.",
             )
             raise
-        aside.mkdir(exist_ok=True)
-        place = free_name(aside / folder.name)
-        with contextlib.suppress(FileNotFoundError):  # another process has moved it
-            folder.rename(place)
+        busy = f"{damage} Another process works in {workdir}, so it was left there."
+        with contextlib.nullcontext() if is_locked else lock(workdir / "lock", busy):
+            aside.mkdir(exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another process has moved it
+                folder.rename(free_name(aside / folder.name))
         damage.args = (f"{folder} is damaged and lies in {aside} now: the run goes on from step {max(others)}.",)
         raise
 
@@ -152,17 +156,12 @@ class Checkpoints:
 
     def fits(self, step: int, like: dict[str, dict[str, jax.ShapeDtypeStruct]]) -> bool:
         """Whether the parts named in `like` have arrays of these paths, dtypes and shapes."""
-        stored = self._stored(step)["arrays"]
-        return all(
-            {path: x[:2] for path, x in stored.get(name, {}).items()}
-            == {path: _described(x) for path, x in part.items()}
-            for name, part in like.items()
-        )
+        return _fit(self._stored(step)["arrays"], like)
 
     def restore(self, step: int, like: dict[str, dict[str, jax.ShapeDtypeStruct]]) -> dict[str, Arrays]:
         """The parts named in `like`, each array on the sharding that `like` gives it."""
         stored = self._stored(step)["arrays"]
-        if not self.fits(step, like):
+        if not _fit(stored, like):
             raise self._of_another_version(step)
         try:
             parts = self._orbax.load_checkpointables(step, like)
@@ -210,7 +209,7 @@ class Checkpoints:
         """Why a checkpoint fails to load: damaged is only what was read and found wrong."""
         folder = self._orbax.directory / str(step)
         if reason := reading_error(folder, error):
-            return UserError(
+            return TransientError(
                 f"{folder} cannot be read ({reason}): that does not mean that it is damaged. Keep it, and run the same "
                 "command again when the storage answers."
             )
@@ -278,6 +277,13 @@ def base_checksum(digests: Mapping[str, str]) -> str:
 
 def _described(array: jax.Array | jax.ShapeDtypeStruct, found: Digest | None = None) -> list:
     return [str(array.dtype), list(array.shape), *([found.checksum] if found else [])]
+
+
+def _fit(stored: dict[str, dict[str, list]], like: dict[str, dict[str, jax.ShapeDtypeStruct]]) -> bool:
+    return all(
+        {path: x[:2] for path, x in stored.get(name, {}).items()} == {path: _described(x) for path, x in part.items()}
+        for name, part in like.items()
+    )
 
 
 def reading_error(folder: Path, error: BaseException | None) -> str | None:

@@ -179,11 +179,14 @@ def prepare_run(
     group: ProcessGroup,
     mesh: jax.sharding.Mesh | None = None,
     accept_changes: bool = False,
+    from_step: int | None = None,
 ) -> Run:
     """Check everything and return the run, on all devices or on a given mesh, whose devices need not exist.
 
-    With `accept_changes`, a run goes on with another recipe. Writes nothing into the workdir; UserError for a mistake
-    of the user's.
+    With `accept_changes`, a run goes on with another recipe, and from the checkpoint of `from_step` unless later ones
+    have that recipe already: the same command, started again, loses nothing.
+
+    Writes nothing into the workdir; UserError for a mistake of the user's.
     """
     check_workers(config.data.workers)
     devices.split_cpu(config.cpu_devices)
@@ -206,6 +209,8 @@ def prepare_run(
         architecture, normalization, pretrained = starting_point(config, group)
     config = _resolved(config, architecture, saved)
     classes, crop = class_names(table), settings_of(root).get("crop", "box")
+    if from_step is not None and not saved:
+        raise ConfigError(f"--from_step is {from_step}, but {workdir} has no checkpoints.")
     changed = {}
     base, digests = saved.base if saved else None, {}
     if pretrained:
@@ -215,7 +220,12 @@ def prepare_run(
     metadata = Metadata(config.to_dict(), architecture, classes, normalization, fingerprint(root, table), crop, base)
     if saved:
         if changed := _changes_of(saved, metadata, config, workdir, accept_changes):
+            if from_step is not None:
+                saved_steps, saved = up_to(workdir, saved_steps, from_step)
+                changed = _changes_of(saved, metadata, config, workdir, accept_changes)
             log.info("changed from step %d on: %s", max(saved_steps), changed)
+        elif from_step is not None:
+            log.info("--from_step is not used: the newest checkpoint has this configuration already")
         entry = [{"step": max(saved_steps), "changed": changed}] if changed else []
         metadata = dataclasses.replace(metadata, history=[*saved.history, *entry])
     for split in (train_split, test_split):
@@ -246,6 +256,14 @@ def prepare_run(
     selection.forget_after(run.start)
     _check_agreement(run, group)
     return run
+
+
+def up_to(workdir: Path, steps: list[int], last: int) -> tuple[list[int], Metadata]:
+    """The steps up to `last`, and the metadata of that one; ConfigError if it has no checkpoint."""
+    if last not in steps:
+        raise ConfigError(f"--from_step is {last}, but {workdir} has checkpoints of {', '.join(map(str, steps))}.")
+    with contextlib.closing(Checkpoints(workdir / "checkpoints", read_only=True)) as checkpoints:
+        return [step for step in steps if step <= last], checkpoints.metadata(last)
 
 
 def check_state(run: Run, changed: dict[str, str]) -> None:

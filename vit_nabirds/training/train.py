@@ -23,7 +23,7 @@ from vit_nabirds.parallel.group import ProcessGroup
 from vit_nabirds.parallel.locks import lock
 from vit_nabirds.parallel.preemption import EXIT_STOPPED, StopRequest
 from vit_nabirds.recipe.rules import describe_rules
-from vit_nabirds.runs.checkpoints import Checkpoints, damage_set_aside, existing, free_name
+from vit_nabirds.runs.checkpoints import Checkpoints, damage_set_aside, free_name
 from vit_nabirds.runs.compiled import keep_compiled
 from vit_nabirds.runs.files import write_json
 from vit_nabirds.runs.selection import PREDICTIONS
@@ -54,11 +54,8 @@ def train(
         if config.data.synthetic:
             with group.writer_first("drawing"):
                 prepare_synthetic(Path(config.data.root), config.model.image_size)
-        if from_step is not None:
-            with group.writer_first("from_step"):
-                back_to(workdir, from_step)
-        with damage_set_aside(workdir):
-            run = prepare_run(config, workdir, group, accept_changes=accept_changes)
+        with damage_set_aside(workdir, is_locked=False):
+            run = prepare_run(config, workdir, group, accept_changes=accept_changes, from_step=from_step)
         loaded = run.pretrained_params()
 
         # Everything is known to be right: from here on the run writes.
@@ -66,6 +63,7 @@ def train(
         if group.is_writer:
             busy = f"another process trains in {workdir} right now: wait for its end, or use another --workdir."
             stack.enter_context(lock(workdir / "lock", busy))
+            leave_later(workdir, run.saved_steps)
         group.check_shared(workdir / "lock")
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir / "checkpoints")))
         stack.push(group.end_if_several)  # or an error would wait for the other processes in the line above
@@ -109,18 +107,14 @@ def train(
     return FINISHED
 
 
-def back_to(workdir: Path, step: int) -> None:
-    """Move the checkpoints after `step` to WORKDIR/left, where no run reads them; ConfigError if there is none."""
-    steps = existing(workdir / "checkpoints")[0]
-    if step not in steps:
-        raise ConfigError(
-            f"--from_step is {step}, but {workdir} has checkpoints of {', '.join(map(str, steps)) or 'no step'}."
-        )
-    for later in steps[steps.index(step) + 1 :]:
-        (workdir / "left").mkdir(exist_ok=True)
-        place = free_name(workdir / "left" / str(later))
-        (workdir / "checkpoints" / str(later)).rename(place)
-        log.info("the checkpoint of step %d lies in %s now", later, place)
+def leave_later(workdir: Path, steps: list[int]) -> None:
+    """Move the checkpoints after the last of these steps to WORKDIR/left, where no run reads them."""
+    for folder in (workdir / "checkpoints").glob("[0-9]*"):
+        if steps and folder.name.isdecimal() and int(folder.name) > steps[-1]:
+            (workdir / "left").mkdir(exist_ok=True)
+            place = free_name(workdir / "left" / folder.name)
+            folder.rename(place)
+            log.info("the checkpoint of step %s lies in %s now", folder.name, place)
 
 
 def prepare_synthetic(root: Path, image_size: int) -> None:
