@@ -41,7 +41,9 @@ def random_operations(key: jax.Array, image: jax.Array, settings: Augment) -> ja
     if settings.policy == "trivialaugment":
         keys = jax.random.split(key)
         level = jax.random.randint(keys[0], (), 0, LEVELS + 1) / LEVELS
-        return random_operation(keys[1], image, level, TRIVIALAUGMENT)
+        # XLA would compute the crop in every operation, and all operations again for the mean that contrast needs.
+        image = random_operation(keys[1], jax.lax.optimization_barrier(image), level, TRIVIALAUGMENT)
+        return jax.lax.optimization_barrier(image)
 
     def one_more(image: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
         return random_operation(key, image, settings.magnitude / LEVELS, RANDAUGMENT), None
