@@ -115,8 +115,8 @@ def test_evaluation_sees_every_test_image_once(prepared, hosts, batch_size):
 
 
 def test_worker_processes_ignore_signals_and_start_no_jax_backend(train_split):
-    blocks = grain.MapDataset.range(1).map(_look_around)
-    with contextlib.closing(batches._iterate(blocks, workers=1, is_packed=False, batch_bytes=0)) as iterator:
+    iterator = batches._iterate(_look_around, range(1), workers=1, is_packed=False, waits_for=batches.unwatched)
+    with contextlib.closing(iterator):
         assert next(iterator) == {"jax_backends": 0, "blocked": 4}
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())  # the main process receives them
 
@@ -265,8 +265,25 @@ def damage_inside(file):
     file.write_bytes(content)
 
 
+def damage_pipe(file):
+    file.unlink()
+    os.mkfifo(file)
+
+
+def damage_endless(file):
+    file.unlink()
+    file.symlink_to("/dev/zero")
+
+
+def damage_huge(file):
+    os.truncate(file, 2**40)
+
+
 DAMAGES = {
     damage_missing: "No such file",
+    damage_pipe: "no regular file",
+    damage_endless: "no regular file",
+    damage_huge: "1,099,511,627,776 bytes, too many",
     damage_truncated: "not what `prepare` wrote",
     damage_not_an_image: "not what `prepare` wrote",
     damage_other_size: "not what `prepare` wrote",

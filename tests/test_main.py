@@ -432,14 +432,3 @@ def test_a_full_disk_is_one_message():
 )
 def test_what_may_be_gone_later_has_its_exit_code(error, code):
     assert exit_code_of(error) == code
-
-
-def test_a_loader_worker_that_is_killed_is_one_message(main, tmp_path):
-    running = main(*main.tiny, f"--workdir={tmp_path / 'run'}", "--config.data.workers=1", "--config.epochs=20000",
-                   start_only=True, start_new_session=True)  # fmt: skip
-    wait_until(lambda: len(read_metrics(tmp_path / "run" / "metrics.jsonl")) >= 3, running)
-    workers = subprocess.run(["pgrep", "-P", str(running.pid), "-f", "spawn_main"], capture_output=True, text=True)
-    os.kill(int(workers.stdout), signal.SIGKILL)
-    output, _ = running.communicate(timeout=120)
-    assert running.returncode == 74 and "a worker process that reads photographs was killed" in output, output
-    assert "Traceback" not in output

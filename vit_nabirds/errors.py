@@ -37,10 +37,9 @@ _TRANSIENT_ERRORS = (
     "AGAIN BUSY CONNREFUSED CONNRESET DQUOT HOSTUNREACH IO NOLCK NOMEM NOSPC NOTCONN ROFS STALE TIMEDOUT"
 )
 _TRANSIENT = {getattr(errno, f"E{name}") for name in _TRANSIENT_ERRORS.split()}
+WORKER_LOST = "Worker process was terminated unexpectedly"  # as Grain says
 # A worker of Grain; Python; XLA, of a device or of the network between devices.
-_TRANSIENT_WORDS = re.compile(
-    r"Worker process was terminated unexpectedly|can't start new thread|^(INTERNAL|UNAVAILABLE|ABORTED|DATA_LOSS)\b"
-)
+_TRANSIENT_WORDS = re.compile(rf"{WORKER_LOST}|can't start new thread|^(INTERNAL|UNAVAILABLE|ABORTED|DATA_LOSS)\b")
 
 
 def exit_code_of(error: BaseException) -> int:
@@ -66,10 +65,11 @@ def message_of(error: BaseException) -> str | None:
         return f"the package {error.name!r} is not installed in this Python environment: see BUILD.md"
     if isinstance(error, BrokenPipeError):  # no success: what was to follow has not been done
         return f"nobody reads the output any more, or another process of this program has ended ({error})"
-    if isinstance(error, RuntimeError) and "Worker process was terminated unexpectedly" in str(error):
+    if isinstance(error, RuntimeError) and WORKER_LOST in str(error):
         return (
-            "a worker process that reads photographs was killed: out of memory? Ask for more, or use fewer "
-            "(config.data.workers). The same command goes on from the last checkpoint."
+            "the processes that read photographs were killed or hung, and so were those that replaced them: is there "
+            "too little memory (use fewer, config.data.workers), or does the storage hang? The same command goes on "
+            "from the last checkpoint."
         )
     if full := [text for text in _FULL if text in str(error)]:  # from any library that writes
         return f"{full[0]}: make room, and run the same command again to go on from the last checkpoint. ({error})"

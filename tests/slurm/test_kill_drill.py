@@ -19,6 +19,7 @@ HITS = int(os.environ.get("HITS", 12))
 def submit(slurm, prepared, workdir, log, config, tasks, epochs) -> Job:
     training = [*config, f"--config.data.root={prepared}", f"--workdir={workdir}", f"--config.epochs={epochs}"]
     training += ["--config.checkpoint.every=5 steps", "--config.evaluate.every=40 steps"]
+    training += ["--config.watchdog_timeout=0.3 minutes"]
     layout = ["--nodes=2", f"--ntasks-per-node={tasks}", "--cpus-per-task=1", f"--output={log}"]
     return slurm.submit("launch/train.sbatch", *layout, "--", *training)
 
@@ -27,10 +28,10 @@ def preempt(slurm, job):
     slurm.run("sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
 
 
-def kill(ranks):
+def kill(ranks, number=signal.SIGKILL):
     def hit(slurm, job):
         for process in job.processes()[ranks]:
-            os.kill(process, signal.SIGKILL)
+            os.kill(process, number)
 
     return hit
 
@@ -42,6 +43,7 @@ WAYS = {
     "SIGKILL of the first rank": kill(slice(0, 1)),
     "SIGKILL of the last rank": kill(slice(1, 2)),
     "SIGKILL of all ranks": kill(slice(None)),
+    "SIGSTOP of the last rank": kill(slice(1, 2), signal.SIGSTOP),
 }
 
 

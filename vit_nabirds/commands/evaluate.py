@@ -36,9 +36,11 @@ def evaluate(
     views: str | None = None,
 ) -> int:
     """Score a checkpoint of a run, by default the selected one; returns the exit code."""
+    from vit_nabirds.config import Config
     from vit_nabirds.evaluation.wise import AUTO, check_share, mixed, share_of
     from vit_nabirds.parallel.group import ProcessGroup
     from vit_nabirds.parallel.preemption import EXIT_STOPPED, StopRequest
+    from vit_nabirds.parallel.watchdog import Watchdog
     from vit_nabirds.runs.loading import open_run
 
     share = None if wise is None else share_of(wise)
@@ -52,14 +54,15 @@ def evaluate(
     shown = {"step": run.step, "selected": run.selected_by, "data": found, "wise": share, "views": views}
     group.agree("what is evaluated", shown, f"All nodes must see the same data and the same {workdir}: try again.")
 
-    with StopRequest(speaks=group.is_writer) as stop:
+    timeout = Config.read(run.metadata.config).watchdog_timeout.seconds
+    with StopRequest(speaks=group.is_writer) as stop, Watchdog(timeout, group) as watchdog:
         if share is not None:
             if (answer := mixed(run, share, validation, group, stop)) is None:
                 return EXIT_STOPPED
             run, share = answer
         count = len(scorer.photographs)
         log.info("evaluating the checkpoint of step %d on %d photographs of %s", run.step, count, root)
-        scores = scorer.score(run.params, stop)
+        scores = scorer.score(run.params, stop, watchdog.waits_for)
     if scores is None:
         return EXIT_STOPPED
     if group.is_writer:

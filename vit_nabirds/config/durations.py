@@ -29,6 +29,11 @@ class Duration:
         """Steps, perhaps not whole; None for minutes."""
         return {"step": self.amount, "epoch": self.amount * steps_per_epoch, "minute": None}[self.unit]
 
+    @property
+    def seconds(self) -> float | None:
+        """None for steps and epochs."""
+        return 60 * float(self.amount) if self.unit == "minute" else None
+
     def __str__(self) -> str:
         return self.text
 

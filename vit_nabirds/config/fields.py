@@ -34,6 +34,7 @@ SEED = Check(lambda x: 0 <= x < 2**32, "between 0 and 2^32 - 1")
 ANY = Check(lambda _: True, "")
 PERIOD = Check(lambda x: x.amount > 0 and x.unit != "minute", f"like {STEPS}", Duration.parse)
 PERIOD_OR_MINUTES = Check(lambda x: x.amount > 0, f"like {CLOCK}", Duration.parse)
+MINUTES = Check(lambda x: x.unit == "minute", "like '10 minutes'", Duration.parse)
 LENGTH = Check(lambda x: x.unit != "minute", f"like {STEPS}", Duration.parse)
 STEP_RANGE = Check(lambda _: True, "the first and last step to trace, like '10-12'", StepRange.parse)
 PATH_RULES = Check(lambda _: True, "text, like 'cls_token lr=0.1 wd=0; embeddings frozen'", PathRules.parse)
@@ -270,6 +271,10 @@ class Config:
     max_bad_steps: int = _field(
         10, "the run ends after so many steps in a row whose loss or gradient is not finite; they change nothing", COUNT
     )
+    watchdog_timeout: Duration = _field(
+        "10 minutes", "the job ends, to be started again, when a process has not moved for so long; 0 minutes: never",
+        MINUTES,
+    )  # fmt: skip
     log_every: int = _field(50, "steps", POSITIVE)
     profile: StepRange = _field("", "'10-12' writes a trace of these steps into the workdir's tensorboard/", STEP_RANGE)
     remat: str = _field(
@@ -428,7 +433,7 @@ def _as_written(section: Any) -> dict:
 # the losses, by rounding.
 FREE_ON_RESUME = re.compile(
     r"data\.(root|synthetic|on_error|max_skipped|workers)|cpu_devices|checkpoint\..*|evaluate\.(every|patience)|log_every|profile"
-    r"|max_bad_steps|stop_signals|remat|microbatch|mesh\.fsdp|model\.pretrained"
+    r"|max_bad_steps|watchdog_timeout|stop_signals|remat|microbatch|mesh\.fsdp|model\.pretrained"
 )
 
 

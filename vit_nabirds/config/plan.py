@@ -44,7 +44,7 @@ class Plan:
             cooldown_steps=cooldown,
             evaluate_every=config.evaluate.every.in_steps(steps_per_epoch),
             save_every=every.in_steps(steps_per_epoch),
-            save_seconds=60 * float(every.amount) if every.unit == "minute" else None,
+            save_seconds=every.seconds,
             log_every=config.log_every,
             traced=traced,
         )

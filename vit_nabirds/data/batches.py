@@ -2,11 +2,15 @@
 
 import contextlib
 import functools
+import logging
 import math
+import multiprocessing
+import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import resource_tracker
 from pathlib import Path
 
@@ -16,14 +20,25 @@ from absl import flags
 
 from vit_nabirds.data.photographs import Photographs
 from vit_nabirds.data.sampling import epoch_order
-from vit_nabirds.errors import ConfigError, UserError
+from vit_nabirds.errors import WORKER_LOST, ConfigError, UserError
 from vit_nabirds.parallel.cpus import cpu_share
 from vit_nabirds.parallel.preemption import SIGNALS
 
+log = logging.getLogger("vit_nabirds")
+
 Batch = dict[str, np.ndarray]
 BUFFER = 2  # batches that wait for the training, of each worker
+REPLACED = 3  # times in a row that workers are replaced without a batch in between
+PHOTOGRAPHS = "photographs"  # what a process waits for
+Waiting = Callable[..., contextlib.AbstractContextManager]  # (what, remedy), as Watchdog.waits_for
 SHARED = Path("/dev/shm")
+TRACKER = "ignore::UserWarning:multiprocessing.resource_tracker"  # it cleans up after a stop
 _TRIES = 32  # photographs in a row; if none of them can be read, the storage has failed
+
+
+def unwatched(what: str, remedy: Callable[[], object] | None = None) -> contextlib.AbstractContextManager:
+    """A wait that may last for ever."""
+    return contextlib.nullcontext()
 
 
 def train_batches(
@@ -36,14 +51,15 @@ def train_batches(
     skip: bool = False,
     sampling: str = "uniform",
     repeats: int = 1,
+    waits_for: Waiting = unwatched,
 ) -> Iterator[Batch]:
     """This host's block of the global batch of step `start` and of every later step, without end."""
     check_repeats(batch_size, repeats)
     block = functools.partial(
         train_block, photographs, batch_size, seed, shard=shard, skip=skip, sampling=sampling, repeats=repeats
     )
-    blocks = grain.MapDataset.range(start, sys.maxsize).map(block)
-    return _iterate(blocks, workers, photographs.is_packed, batch_bytes(photographs, batch_size, shard))
+    workers = worker_count(workers, photographs.is_packed, batch_bytes(photographs, batch_size, shard))
+    return _iterate(block, range(start, sys.maxsize), workers, photographs.is_packed, waits_for)
 
 
 def train_block(
@@ -99,7 +115,12 @@ def check_repeats(batch_size: int, repeats: int) -> None:
 
 
 def eval_batches(
-    photographs: Photographs, batch_size: int, workers: int, shard: grain.sharding.ShardOptions, skip: bool = False
+    photographs: Photographs,
+    batch_size: int,
+    workers: int,
+    shard: grain.sharding.ShardOptions,
+    skip: bool = False,
+    waits_for: Waiting = unwatched,
 ) -> Iterator[Batch]:
     """This host's blocks of the split in order, with `mask`, float32 (n,).
 
@@ -107,8 +128,8 @@ def eval_batches(
     """
     block = functools.partial(_eval_block, photographs, batch_size, shard, skip)
     steps = -(-len(photographs) // batch_size)
-    blocks = grain.MapDataset.range(steps).map(block)
-    return _iterate(blocks, workers, photographs.is_packed, batch_bytes(photographs, batch_size, shard))
+    workers = worker_count(workers, photographs.is_packed, batch_bytes(photographs, batch_size, shard))
+    return _iterate(block, range(steps), workers, photographs.is_packed, waits_for)
 
 
 def _eval_block(
@@ -185,8 +206,39 @@ def worker_count(workers: int, is_packed: bool = False, batch_bytes: int = 0, sh
     return fitting
 
 
-def _iterate(blocks: grain.MapDataset, workers: int, is_packed: bool, batch_bytes: int) -> Iterator[Batch]:
-    workers = worker_count(workers, is_packed, batch_bytes)
+def _iterate(
+    block: Callable[[int], Batch], steps: range, workers: int, is_packed: bool, waits_for: Waiting
+) -> Iterator[Batch]:
+    """The blocks of these steps. Worker processes that are killed or hang are replaced: a block is a function of its
+    step."""
+    done, failures = 0, 0
+    while True:
+        others = multiprocessing.active_children()
+        batches = _start(block, steps[done:], workers, is_packed)
+        try:
+            with contextlib.closing(batches):
+                while True:
+                    remedy = functools.partial(_kill_all_but, others) if workers else None
+                    with waits_for(PHOTOGRAPHS, remedy):
+                        if (batch := next(batches, None)) is None:
+                            return
+                    yield batch
+                    done, failures = done + 1, 0
+        except RuntimeError as error:  # of Grain
+            failures += 1
+            if WORKER_LOST not in str(error) or failures > REPLACED:
+                raise
+            log.warning("a process that reads photographs was killed or hung: new ones go on (%d)", failures)
+
+
+def _kill_all_but(others: list[multiprocessing.Process]) -> None:
+    for process in multiprocessing.active_children():
+        if process not in others:
+            process.kill()
+
+
+def _start(block: Callable[[int], Batch], steps: range, workers: int, is_packed: bool) -> Iterator[Batch]:
+    blocks = grain.MapDataset.range(steps.start, steps.stop).map(functools.partial(_in_worker, block))
     if not flags.FLAGS.is_parsed():  # in a notebook; Grain's worker pool reads its own flags
         flags.FLAGS.mark_as_parsed()
     # The buffer counts batches: Grain's default of 500 would hold tens of gigabytes. One thread reads 15 to 30
@@ -199,13 +251,26 @@ def _iterate(blocks: grain.MapDataset, workers: int, is_packed: bool, batch_byte
     return _without_signals(iter(dataset.mp_prefetch(options)))
 
 
+def _in_worker(block: Callable[[int], Batch], step: int) -> Batch:
+    _end_with_parent()
+    return block(step)
+
+
+@functools.cache
+def _end_with_parent() -> None:
+    """In a worker process: do not outlive the training, also when it was killed and told nobody."""
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 def _without_signals(batches: grain.DatasetIterator) -> Iterator[Batch]:
     """Keep SIGNALS from the worker processes, which the first batch starts.
 
     Slurm and the terminal signal every process of a job, but the main process decides when its workers end. A process
     inherits the signals that its parent blocks, and so ignores them from its first instruction on.
     """
-    sys.warnoptions.append("ignore::UserWarning:multiprocessing.resource_tracker")  # it cleans up after a stop
+    if TRACKER not in sys.warnoptions:
+        sys.warnoptions.append(TRACKER)
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         resource_tracker.ensure_running()  # it unblocks two of the signals, also where it is started later

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import stat
 import zlib
 from pathlib import Path
 
@@ -32,6 +33,11 @@ class ImageFiles:
         """Decode an image into `out`, uint8 (size, size, 3). UserError if it is not the one that was prepared."""
         file = self.folder / self.paths[int(index)]
         try:
+            status = os.stat(file)
+            if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+                raise ValueError("it is no regular file")
+            if status.st_size > 2**16 + 16 * out.size:
+                raise ValueError(f"it has {status.st_size:,} bytes, too many for {self.size} x {self.size} pixels")
             data = file.read_bytes()
             if self.crc32 is not None and zlib.crc32(data) != self.crc32[index]:
                 raise ValueError("it is not what `prepare` wrote")

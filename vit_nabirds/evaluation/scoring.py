@@ -13,7 +13,7 @@ import optax
 import polars as pl
 from jax.sharding import PartitionSpec as P
 
-from vit_nabirds.data.batches import eval_batches
+from vit_nabirds.data.batches import Waiting, eval_batches, unwatched
 from vit_nabirds.data.photographs import Photographs
 from vit_nabirds.data.taxonomy import Taxonomy
 from vit_nabirds.data.unread import Unread
@@ -115,14 +115,14 @@ class Scorer:
     taxonomy: Taxonomy | None
     workers: int
 
-    def score(self, params: dict, stop: StopRequest) -> Scores | None:
+    def score(self, params: dict, stop: StopRequest, waits_for: Waiting = unwatched) -> Scores | None:
         """None when a stop was requested before the end."""
         batch_size = -(-self.batch_size // self.mesh.size) * self.mesh.size
         shard = grain.sharding.ShardByJaxProcess(drop_remainder=True)
         totals = {"loss": np.float32(0), "top5": np.int32(0)}
         totals["confusion"] = np.zeros((self.num_classes, self.num_classes), np.int32)
         totals, answers = jax.device_put(totals, devices.replicated(self.mesh)), []
-        batches = eval_batches(self.photographs, batch_size, self.workers, shard, self.unread.are_tolerated)
+        batches = eval_batches(self.photographs, batch_size, self.workers, shard, self.unread.are_tolerated, waits_for)
         with contextlib.closing(batches):
             for batch in self.unread.watch(batches):
                 stopping = devices.any_process(self.mesh, stop.requested)

@@ -6,6 +6,7 @@ goodbye, or its exit code and a message; a connection that closes without a word
 """
 
 import contextlib
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -14,8 +15,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from vit_nabirds.errors import ConfigError, TransientError, UserError, exit_code_of, message_of, say
 from vit_nabirds.parallel.accelerators import Seen, Share, share
@@ -40,7 +42,9 @@ class ProcessGroup:
         self.process_id, self.num_processes = process_id, num_processes
         # Process 0 is connected to all others, by their ids; they are connected to process 0.
         self._peers: dict[int, tuple[socket.socket, str]] = {}
-        self._failing = threading.Lock()
+        self._failing, self._writing = threading.Lock(), threading.Lock()
+        self._states, self._heard = {}, threading.Condition()
+        self.state: Callable[[], dict] = dict  # what this process tells the others about itself (`ask`)
 
     @property
     def is_writer(self) -> bool:
@@ -108,6 +112,39 @@ class ProcessGroup:
             time.sleep(0.1)
         raise UserError(f"{file.parent} is not the same folder on all nodes: give a --workdir on shared storage.")
 
+    def ask(self, seconds: float) -> dict[int, dict | None]:
+        """The `state` of each process that this one is connected to: of all, or of process 0. None: no answer."""
+        with self._heard:
+            self._states = dict.fromkeys(self._peers)
+        self._tell(self._peers, ask=True)
+        with self._heard:
+            self._heard.wait_for(lambda: None not in self._states.values(), seconds)
+            return dict(self._states)
+
+    def name_of(self, process_id: int) -> str:
+        """Like 'process 2 of 4 on gpu007'."""
+        if self.num_processes == 1:
+            return f"the process on {NODE}"
+        node = NODE if process_id == self.process_id else self._peers[process_id][1]
+        return f"process {process_id} of {self.num_processes} on {node}"
+
+    def show_stacks(self, process_id: int) -> None:
+        """Let a process write the stacks of its threads to its log."""
+        if process_id == self.process_id:
+            _show_stacks(self.name_of(process_id))
+        elif process_id in self._peers:
+            self._tell([process_id], stacks=True)
+            time.sleep(1)
+
+    def end(self, message: str, code: int) -> NoReturn:
+        """`fail` with a message that says itself which process it is about."""
+        if self.is_writer:
+            self._end_all(message, code)
+        if self.process_id == 1 or LOCAL_ID == "0":
+            _show(message)
+        self._send(code=code, message=message)
+        _exit(code)
+
     def leave(self) -> None:
         """Tell the others that this process ends in good order."""
         self._send(goodbye=True)
@@ -141,10 +178,22 @@ class ProcessGroup:
             self.fail_with(error)
 
     def _listen(self, process_id: int, connection: socket.socket, node: str) -> None:
-        """Wait for the last words of a peer; without any, it was killed."""
+        """Answer what a peer asks until its last words come; without any, it was killed."""
         words = {}
         with contextlib.suppress(OSError, ValueError), connection.makefile(encoding="utf-8", errors="replace") as lines:
-            words = json.loads(lines.readline())
+            for line in lines:
+                words = json.loads(line)
+                if "ask" in words:
+                    self._tell([process_id], state=self.state())
+                elif "stacks" in words:
+                    _show_stacks(self.name_of(self.process_id))
+                elif "state" in words:
+                    with self._heard:
+                        self._states[process_id] = words["state"]
+                        self._heard.notify()
+                else:
+                    break
+                words = {}
         if "goodbye" in words:
             return
         message, code = words.get("message"), words.get("code", 1)
@@ -164,10 +213,17 @@ class ProcessGroup:
             _exit(code)
 
     def _send(self, **words) -> None:
+        """To all others, as the last words."""
+        self._tell(self._peers, **words)
         for connection, _ in self._peers.values():
             with contextlib.suppress(OSError):
-                _write(connection, words)
                 connection.shutdown(socket.SHUT_WR)
+
+    def _tell(self, process_ids: Collection[int], **words) -> None:
+        with self._writing:
+            for process_id in process_ids:
+                with contextlib.suppress(OSError):
+                    _write(self._peers[process_id][0], words)
 
     def _wait_for_others(
         self, port: int, timeout: float, seen: Seen, share: Share
@@ -286,6 +342,12 @@ def _read(connection: socket.socket) -> dict:
             break
         line += byte
     return json.loads(line)
+
+
+def _show_stacks(name: str) -> None:
+    say(f"stacks of the threads of {name}:")
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        faulthandler.dump_traceback(sys.stderr.fileno() if sys.stderr else 2)
 
 
 def _show(message: str | None) -> None:

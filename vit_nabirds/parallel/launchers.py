@@ -201,7 +201,7 @@ def _initialize_jax(launch: Launch, group: ProcessGroup, own: list[int] | None) 
         launch.process_id,
         local_device_ids=own,
         cluster_detection_method="deactivate",
-        heartbeat_timeout_seconds=60,
+        heartbeat_timeout_seconds=24 * 3600,  # its end is a dump; ours (group.py, watchdog.py) has a message
     )
     absl = logging.getLogger("absl")
     absl.handlers, absl.propagate = [_FailOnOrbaxError(group)], False

@@ -3,6 +3,7 @@
 from vit_nabirds.data.unread import Unread
 from vit_nabirds.evaluation.scoring import Scorer, make_eval_step
 from vit_nabirds.parallel.preemption import StopRequest
+from vit_nabirds.parallel.watchdog import Watchdog
 from vit_nabirds.runs.checkpoints import Checkpoints
 from vit_nabirds.runs.selection import PREDICTIONS
 from vit_nabirds.runs.tracker import Tracker
@@ -17,10 +18,16 @@ class Evaluator:
     """
 
     def __init__(
-        self, run: Run, tracker: Tracker, checkpoints: Checkpoints, stop: StopRequest, is_writer: bool
+        self,
+        run: Run,
+        tracker: Tracker,
+        checkpoints: Checkpoints,
+        stop: StopRequest,
+        watchdog: Watchdog,
+        is_writer: bool,
     ) -> None:
         self._run, self._tracker, self._checkpoints = run, tracker, checkpoints
-        self._stop, self._is_writer = stop, is_writer
+        self._stop, self._watchdog, self._is_writer = stop, watchdog, is_writer
         eval_step = make_eval_step(run.model, run.metadata.normalization, run.mesh, run.config.evaluate.views)
         splits = {"val": run.validation_split, "test": run.test_split}
         self._scorers = {
@@ -39,7 +46,7 @@ class Evaluator:
     def run(self, step: int, state: TrainState) -> bool:
         """Score the state of a step that has a checkpoint; False if a request to stop came first."""
         selection, split = self._run.selection, "val" if "val" in self._scorers else "test"
-        scores = self._scorers[split].score(state.evaluated, self._stop)
+        scores = self._scorers[split].score(state.evaluated, self._stop, self._watchdog.waits_for)
         if scores:
             self._newest = (step, scores) if split == "test" else (0, None)
             self._tracker.scalars(step, scores.named(split))
@@ -62,7 +69,7 @@ class Evaluator:
             newest, scores = self._newest
             if newest != step:
                 params = run.evaluated(self._checkpoints, step)
-                if (scores := self._scorers["test"].score(params, self._stop)) is None:
+                if (scores := self._scorers["test"].score(params, self._stop, self._watchdog.waits_for)) is None:
                     return None
                 self._tracker.scalars(step, scores.named("test"))
             selection.tests[step] = scores.as_json()
@@ -82,7 +89,7 @@ class Evaluator:
         for step in [step for step in selection.unknown if selection.metric]:
             if step not in selection.evaluations:
                 params = self._run.evaluated(self._checkpoints, step)
-                if (scores := self._scorers["val"].score(params, self._stop)) is None:
+                if (scores := self._scorers["val"].score(params, self._stop, self._watchdog.waits_for)) is None:
                     return False
                 selection.evaluations[step] = scores.named("val")
             selection.unknown.remove(step)

@@ -17,7 +17,15 @@ import polars as pl
 from vit_nabirds.config import Config
 from vit_nabirds.config.fields import CHANGEABLE, SHAPE, differences, flat
 from vit_nabirds.config.plan import Plan
-from vit_nabirds.data.batches import batch_bytes, check_repeats, check_workers, train_batches, worker_count
+from vit_nabirds.data.batches import (
+    Waiting,
+    batch_bytes,
+    check_repeats,
+    check_workers,
+    train_batches,
+    unwatched,
+    worker_count,
+)  # fmt: skip
 from vit_nabirds.data.photographs import Photographs, check_labels, check_sizes, open_split
 from vit_nabirds.data.table import class_differences, class_names, fingerprint, read_table, settings_of
 from vit_nabirds.data.taxonomy import Taxonomy, read_taxonomy
@@ -162,13 +170,13 @@ class Run:
         base = self.pretrained_params() if self.config.lora.rank else {}
         return base | parts["params"] | parts.get("ema", {})
 
-    def batches(self) -> Iterator[dict[str, np.ndarray]]:
+    def batches(self, waits_for: Waiting = unwatched) -> Iterator[dict[str, np.ndarray]]:
         """This host's block of each global batch from the run's first step on: dicts of NumPy arrays."""
         shard = grain.sharding.ShardByJaxProcess(drop_remainder=True)
         config, unread = self.config, Unread(self.train_split, self.config.data.tolerated)
         batches = train_batches(
             self.train_split, config.batch_size, config.seed, self.start, config.data.workers, shard,
-            unread.are_tolerated, config.data.sampling, config.data.repeats,
+            unread.are_tolerated, config.data.sampling, config.data.repeats, waits_for,
         )  # fmt: skip
         return unread.watch(batches)
 

@@ -22,6 +22,7 @@ from vit_nabirds.errors import ConfigError, UserError
 from vit_nabirds.parallel.group import ProcessGroup
 from vit_nabirds.parallel.locks import lock
 from vit_nabirds.parallel.preemption import EXIT_STOPPED, StopRequest
+from vit_nabirds.parallel.watchdog import Watchdog
 from vit_nabirds.recipe.rules import describe_rules
 from vit_nabirds.runs.checkpoints import Checkpoints, damage_set_aside, free_name
 from vit_nabirds.runs.compiled import keep_compiled
@@ -51,6 +52,8 @@ def train(
     with contextlib.ExitStack() as stack:
         signals = {signal.Signals[f"SIG{name}"] for name in config.stop_signals.split(",")}
         stop = stack.enter_context(StopRequest(group.is_writer, signals))
+        timeout = config.watchdog_timeout.seconds
+        watchdog = stack.enter_context(Watchdog(timeout, group, lambda: stop.requested))
         if config.data.synthetic:
             with group.writer_first("drawing"):
                 prepare_synthetic(Path(config.data.root), config.model.image_size)
@@ -86,12 +89,12 @@ def train(
         introduce(run, tracker, group)
 
         reporter = Reporter(run, tracker)
-        saver = Saver(run, checkpoints, group.is_writer)
-        evaluator = Evaluator(run, tracker, checkpoints, stop, group.is_writer)
+        saver = Saver(run, checkpoints, watchdog, group.is_writer)
+        evaluator = Evaluator(run, tracker, checkpoints, stop, watchdog, group.is_writer)
         tracer = stack.enter_context(contextlib.closing(make_tracer(run, group)))
-        batches = stack.enter_context(contextlib.closing(run.batches()))
+        batches = stack.enter_context(contextlib.closing(run.batches(watchdog.waits_for)))
         step = fit(run, state, batches, reporter, saver, evaluator, tracer, stop)
-        checkpoints.wait()
+        saver.wait()
         reporter.check(step)
 
         ended = step == run.plan.total_steps or run.has_converged
