@@ -52,6 +52,12 @@ def exit_code_of(error: BaseException) -> int:
     return TransientError.exit_code if _TRANSIENT_WORDS.search(text) or any(map(text.count, _FULL[:2])) else 1
 
 
+def reason_of(error: BaseException) -> str:
+    """What the system says in the error of a library."""
+    full = [text for text in _FULL if text in str(error)]
+    return full[0] if full else getattr(error, "strerror", None) or str(error).splitlines()[0]
+
+
 def remedy_of(error: OSError) -> str:
     """The first words of the advice after a failed write."""
     return "Make room" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "Put that right"

@@ -3,12 +3,15 @@
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import itertools
 import json
 import math
 import os
 import re
+import shutil
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -95,14 +98,16 @@ class Checkpoints:
 
     def __init__(self, folder: Path, read_only: bool = False) -> None:
         self.keep: Collection[int] = ()
-        self._saving = None  # Orbax's response of the save under way
-        self._newest = None  # step of the last save
-        self._orbax = ocp.training.Checkpointer(
+        self._saving, self._error = None, None  # the thread that waits for the save under way, and why that has failed
+        self._newest = None  # step of the last save that is complete
+        self._has_leftovers = False  # of saves that have failed, perhaps with threads that still write
+        self._open = functools.partial(
+            ocp.training.Checkpointer,
             folder.absolute(),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=self,
-            cleanup_tmp_directories=not read_only,
         )
+        self._orbax = self._open(cleanup_tmp_directories=not read_only)
 
     def should_preserve(self, checkpoints: list, *, context: Any) -> list[bool]:
         """Orbax's PreservationPolicy."""
@@ -128,12 +133,29 @@ class Checkpoints:
         options.array.saving.use_zarr3 = False  # a third slower to read, for checksums of its own
         self.wait()
         self._check_folder(step)
+        if self._has_leftovers:
+            for folder in Path(self._orbax.directory).glob("*.orbax-checkpoint-tmp"):
+                shutil.rmtree(folder, ignore_errors=True)
         fields = json.loads(json.dumps(dataclasses.asdict(metadata) | {"format": FORMAT, "arrays": arrays}))
         with options:
-            self._saving = self._orbax.save_checkpointables_async(
+            saving = self._orbax.save_checkpointables_async(
                 step, parts, custom_metadata=fields | {"crc32": crc32_of(fields)}
             )
-        self._newest = step
+        self._saving = threading.Thread(target=self._finish, args=[step, saving], daemon=True)
+        self._saving.start()
+
+    def _finish(self, step: int, saving: Any) -> None:
+        """Only the result ends the thread and the event loop that Orbax gave the save."""
+        try:
+            saving.result()
+            self._newest = step
+        except Exception as error:  # noqa: BLE001, of any library, for `wait`
+            self._error = error
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the save under way has: `wait` says why."""
+        return self._error is not None
 
     def _check_folder(self, step: int) -> None:
         """UserError if somebody has removed what was saved before: Orbax would go on in a new folder."""
@@ -194,10 +216,14 @@ class Checkpoints:
         return fields
 
     def wait(self) -> None:
-        """Wait for the save under way: only its result ends the thread and the event loop that Orbax gave it."""
+        """Wait for the save under way, and raise why it has failed."""
         if self._saving:
-            saving, self._saving = self._saving, None
-            saving.result()
+            self._saving.join()
+        error, self._saving, self._error = self._error, None, None
+        if error:
+            if jax.process_count() == 1:  # the old one would raise this error again
+                self._orbax, self._has_leftovers = self._open(), True
+            raise error
 
     def _of_another_version(self, step: int) -> UserError:
         folder = self._orbax.directory / str(step)

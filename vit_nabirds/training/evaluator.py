@@ -1,6 +1,9 @@
 """Evaluations during a training, the selection of its best checkpoint, and the final scores."""
 
+import logging
+
 from vit_nabirds.data.unread import Unread
+from vit_nabirds.errors import TransientError, exit_code_of
 from vit_nabirds.evaluation.scoring import Scorer, make_eval_step
 from vit_nabirds.parallel.preemption import StopRequest
 from vit_nabirds.parallel.watchdog import Watchdog
@@ -9,6 +12,8 @@ from vit_nabirds.runs.selection import PREDICTIONS
 from vit_nabirds.runs.tracker import Tracker
 from vit_nabirds.training.run import Run
 from vit_nabirds.training.state import TrainState
+
+log = logging.getLogger("vit_nabirds")
 
 
 class Evaluator:
@@ -52,9 +57,18 @@ class Evaluator:
             self._tracker.scalars(step, scores.named(split))
             selection.evaluations[step] = scores.named(split)
             if self._is_writer:
-                selection.write()
+                self._write_selection()
             self._checkpoints.keep = selection.keep([*self._checkpoints.steps, step])
         return scores is not None
+
+    def _write_selection(self) -> None:
+        """After every evaluation, so that one that storage refuses may wait for the next."""
+        try:
+            self._run.selection.write()
+        except OSError as error:
+            if exit_code_of(error) != TransientError.exit_code:
+                raise
+            log.warning("%s could not be written (%s)", self._run.selection.file, error.strerror)
 
     def finish(self, last: int) -> dict | None:
         """Score the selected checkpoint and the last on the test photographs, unless that has been done, and write what

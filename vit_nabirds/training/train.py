@@ -89,12 +89,12 @@ def train(
         introduce(run, tracker, group)
 
         reporter = Reporter(run, tracker)
-        saver = Saver(run, checkpoints, watchdog, group.is_writer)
+        saver = Saver(run, checkpoints, watchdog, group)
         evaluator = Evaluator(run, tracker, checkpoints, stop, watchdog, group.is_writer)
         tracer = stack.enter_context(contextlib.closing(make_tracer(run, group)))
         batches = stack.enter_context(contextlib.closing(run.batches(watchdog.waits_for)))
         step = fit(run, state, batches, reporter, saver, evaluator, tracer, stop)
-        saver.wait()
+        saver.finish()
         reporter.check(step)
 
         ended = step == run.plan.total_steps or run.has_converged
