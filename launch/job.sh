@@ -67,6 +67,7 @@ fi
 environment=${VENV:-.venv}/bin/activate
 [ -f "$environment" ] || die "there is no virtual environment ${VENV:-.venv}: see BUILD.md, or set VENV."
 source "$environment"
+export VIT_NABIRDS_TOKEN=${VIT_NABIRDS_TOKEN:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')} # keeps strangers out
 export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1} # memory in pages of 2 MB: BUILD.md
 mkdir -p "$workdir" || exit 1
 preempted=no

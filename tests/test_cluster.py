@@ -1,9 +1,14 @@
 """How the processes of a job meet and end."""
 
+import contextlib
+import hmac
+import itertools
 import json
 import socket
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +18,7 @@ from vit_nabirds.errors import ConfigError, UserError
 from vit_nabirds.parallel.accelerators import Seen
 from vit_nabirds.parallel.group import ProcessGroup
 from vit_nabirds.parallel.launchers import check_same_program, join
+from vit_nabirds.parallel.meeting import _listening, is_loopback
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -53,6 +59,7 @@ def test_a_process_alone_is_a_group_of_one(monkeypatch, tmp_path, capfd):
         group.fail_with(ZeroDivisionError())
 
 
+TOKEN = b"of this job"
 END = """
 import sys
 from vit_nabirds.parallel.accelerators import Seen
@@ -79,6 +86,7 @@ def free_port() -> int:
 def start(process_id, *arguments) -> subprocess.Popen:
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     environment = {"SLURMD_NODENAME": f"node{process_id}", "PYTHONPATH": str(REPOSITORY)}
+    environment["VIT_NABIRDS_TOKEN"] = TOKEN.decode()
     return subprocess.Popen([sys.executable, "-c", END, str(process_id), *arguments], env=environment, **pipes)
 
 
@@ -105,36 +113,94 @@ def test_the_end_of_one_ends_all_with_one_message(ways, code, message):
     assert len(said) == bool(message) and "".join(said).startswith(message)
 
 
-def test_the_messages_are_lines_of_json():
-    """Process 0 is the real one; this test speaks for the two others, after two strangers."""
+def say(connection, **words):
+    connection.sendall(json.dumps(words).encode() + b"\n")
+
+
+def hear(connection) -> dict:
+    return json.loads(connection.makefile().readline() or "{}")
+
+
+def connect(port) -> socket.socket:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        with contextlib.suppress(ConnectionRefusedError):
+            return socket.create_connection(("127.0.0.1", port), timeout=20)
+    raise AssertionError("nobody listens")
+
+
+def hello(connection, number, token=TOKEN, job="none.none", **changed) -> None:
+    """What process `number` says first, or somebody who knows all but the token."""
+    proof = hmac.new(token, f"{hear(connection)['nonce']} {number}".encode(), "sha256").hexdigest()
+    words = dict(job=job, process=number, node=f"node{number}", gpus=[], allocated=0, nonce="mine", proof=proof)
+    say(connection, **words | changed)
+
+
+STRANGERS = {
+    "speaks HTTP": lambda x: x.sendall(b"GET / HTTP/1.1\r\n\r\n"),
+    "says nothing": lambda x: None,
+    "stops in the middle": lambda x: x.sendall(b'{"job": '),
+    "never ends": lambda x: x.sendall(b"a" * 100_000),
+    "is deep": lambda x: x.sendall(b"[" * 10_000 + b"\n"),
+    "is not an object": lambda x: say(x) or x.sendall(b"[1, 2]\n"),
+    "has another job": lambda x: hello(x, 1, job="another job"),
+    "guesses the token": lambda x: hello(x, 1, b"guessed"),
+    "repeats a proof": lambda x: say(x, job="none.none", process=1, proof="0" * 64, nonce="x", node="x", gpus=[]),
+    "has an odd proof": lambda x: hello(x, 1, proof="\u00e4"),
+    "has an odd number": lambda x: hello(x, True),
+    "goes at once": lambda x: x.close(),
+}
+
+
+def test_strangers_can_neither_join_nor_stall_nor_stop_a_job():
+    """Process 0 is the real one; this test speaks for the two others, among many strangers."""
     port = free_port()
     process = start(0, "waits", "127.0.0.1", str(port))
-
-    def connect() -> socket.socket:
-        while process.poll() is None:
-            try:
-                return socket.create_connection(("127.0.0.1", port), timeout=20)
-            except ConnectionRefusedError:
-                continue
-        raise AssertionError(process.stderr.read())
-
-    def say(connection, **words):
-        connection.sendall(json.dumps(words).encode() + b"\n")
-
-    def hear(connection) -> dict:
-        return json.loads(connection.makefile().readline())
-
-    connect().sendall(b"GET / HTTP/1.1\r\n\r\n")
-    say(connect(), job="another job", process=1, node="stranger")
-    peers = [connect(), connect()]
+    guests = []
+    for _ in range(5):
+        for act in STRANGERS.values():
+            guests.append(connect(port))
+            with contextlib.suppress(OSError):  # it hangs up while they speak
+                act(guests[-1])
+    began, peers = time.monotonic(), [connect(port), connect(port)]
     for number, peer in enumerate(peers, start=1):
-        say(peer, job="none.none", process=number, node=f"node{number}", gpus=[], allocated=0)
-    assert [hear(peer) for peer in peers] == [{"met": True, "own": None}] * 2
+        hello(peer, number)
+    answer = {"met": True, "own": None, "proof": hmac.new(TOKEN, b"mine met", "sha256").hexdigest()}
+    assert [hear(peer) for peer in peers] == [answer] * 2 and time.monotonic() - began < 5
+    with pytest.raises(ConnectionRefusedError):  # nobody listens any more
+        socket.create_connection(("127.0.0.1", port))
     say(peers[0], goodbye=True)
     say(peers[1], code=7, message="process 2 of 3 on node2: it rains")
     assert hear(peers[0]) == {"code": 7}
     assert process.wait(timeout=20) == 7
     assert process.stderr.read() == "error: process 2 of 3 on node2: it rains\n"
+
+
+def test_a_process_is_not_fooled_by_who_listens_in_the_place_of_process_0():
+    """By another program, or one that does not know the token."""
+    answers = [b"HTTP/1.1 400\r\n\r\n", b'{"nonce": "x"}\n{"met": true, "own": null, "proof": "guessed"}\n', b"[]\n"]
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):  # it is closed
+            for answer in itertools.cycle(answers):
+                connection, _ = server.accept()
+                connection.sendall(answer)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    with pytest.raises(UserError, match="another program answers there|another VIT_NABIRDS_TOKEN"):
+        ProcessGroup(1, 2).meet("127.0.0.1", server.getsockname()[1], timeout=1)
+    server.shutdown(socket.SHUT_RDWR)
+    server.close()
+    thread.join()
+
+
+def test_processes_of_one_machine_listen_on_loopback_alone():
+    with pytest.raises(ConnectionRefusedError), _listening("127.0.0.1", port := free_port(), 1):
+        address = socket.gethostbyname(socket.gethostname())
+        socket.create_connection((address if not is_loopback(address) else "127.0.0.2", port))
+    assert is_loopback("::1") and is_loopback("localhost") and not is_loopback("gpu007")
 
 
 def test_those_that_are_missing_are_named():
@@ -152,7 +218,7 @@ def test_processes_that_see_the_same_gpus_are_given_each_its_own_by_process_0():
 
 
 def test_a_wait_for_slow_processes_names_them_again_and_again(monkeypatch, capfd):
-    monkeypatch.setattr("vit_nabirds.parallel.group.REMINDER", 0.1)
+    monkeypatch.setattr("vit_nabirds.parallel.meeting.REMINDER", 0.1)
     with pytest.raises(UserError):
         ProcessGroup(0, 300).meet("127.0.0.1", free_port(), timeout=0.35)
     lines = capfd.readouterr().err.splitlines()

@@ -1,4 +1,4 @@
-"""The processes of a job: how they meet, wait for each other, agree, and end together.
+"""The processes of a job: how they wait for each other, agree, and end together.
 
 JAX's own meeting ends in a stack trace if a process is missing, and takes a minute to notice the loss of one. So each
 process holds a TCP connection to process 0 for the whole run; messages on it are JSON lines. A process that ends says
@@ -19,19 +19,15 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from vit_nabirds.errors import ConfigError, TransientError, UserError, exit_code_of, message_of, say
+from vit_nabirds.errors import ConfigError, UserError, exit_code_of, message_of, say
 from vit_nabirds.parallel.accelerators import Seen, Share, share
+from vit_nabirds.parallel.meeting import LOCAL_ID, NODE, SLURM_JOB, report_to_first, wait_for_others, write
 
-NODE = os.environ.get("SLURMD_NODENAME", socket.gethostname())
-LOCAL_ID = os.environ.get("SLURM_LOCALID")  # process 1 and the first task of each node report what all find out
-SLURM_JOB = os.environ.get("SLURM_JOB_ID", "none")
-JOB = f"{SLURM_JOB}.{os.environ.get('SLURM_STEP_ID', 'none')}"
 SEE = "" if SLURM_JOB == "none" else f" See what srun says about it, or `sacct -j {SLURM_JOB}`."
 LOST = (
     "process {} of {} on {} ended without a word: killed, or out of memory?" + SEE + " The same command goes on from "
     "the last checkpoint."
 )
-REMINDER = 20.0  # seconds between two lines about who is missing
 DAY = 24 * 3600 * 1000  # milliseconds; a peer that fails meanwhile ends the wait
 
 
@@ -60,9 +56,9 @@ class ProcessGroup:
         """
         seen = seen or Seen(NODE, [])
         if self.is_writer:
-            self._peers, own = self._wait_for_others(port, timeout, seen, share)
+            self._peers, own = wait_for_others(host, port, self.num_processes, timeout, seen, share)
         else:
-            connection, own = self._report_to_first(host, port, timeout, seen)
+            connection, own = report_to_first(host, port, self.process_id, timeout, seen)
             self._peers = {0: (connection, host)}
         for connection, _ in self._peers.values():
             connection.settimeout(None)
@@ -223,94 +219,7 @@ class ProcessGroup:
         with self._writing:
             for process_id in process_ids:
                 with contextlib.suppress(OSError):
-                    _write(self._peers[process_id][0], words)
-
-    def _wait_for_others(
-        self, port: int, timeout: float, seen: Seen, share: Share
-    ) -> tuple[dict[int, tuple[socket.socket, str]], list[int] | None]:
-        """Process 0: connection and node of each other process, and its own share of the GPUs."""
-        deadline, peers, cards = time.monotonic() + timeout, {}, {0: seen}
-        reminder = time.monotonic() + REMINDER
-        ipv6 = dict(family=socket.AF_INET6, dualstack_ipv6=True) if socket.has_dualstack_ipv6() else {}
-        try:
-            server = socket.create_server(("", port), backlog=self.num_processes, **ipv6)
-        except OSError as error:
-            raise TransientError(
-                f"process 0 cannot listen on port {port} of {NODE} ({error.strerror}): choose a free one with "
-                "JAX_COORDINATOR_PORT, or --coordinator=HOST:PORT."
-            ) from None
-        with server:
-            while len(peers) < self.num_processes - 1 and (left := deadline - time.monotonic()) > 0:
-                if time.monotonic() >= reminder:
-                    reminder += REMINDER
-                    say(f"waiting for process {self._missing(peers)} of {self.num_processes}, {left:.0f} s more")
-                server.settimeout(max(0.01, min(left, reminder - time.monotonic())))
-                with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-                    connection, _ = server.accept()
-                    connection.settimeout(5)
-                    hello = _read(connection)
-                    number, node = hello["process"], hello["node"]
-                    if hello["job"] == JOB and type(number) is int and 0 < number < self.num_processes:
-                        cards[number] = Seen(str(node), list(map(str, hello["gpus"])), int(hello["allocated"]))
-                        peers[number] = connection, str(node)
-        shares, problem = {}, None
-        if missing := self._missing(peers):
-            problem = TransientError(
-                f"process {missing} of {self.num_processes} did not reach process 0 on {NODE}, port {port}, within "
-                f"{timeout:.0f} s: look above for why they ended; give slow ones more time with --start_timeout."
-            )
-        else:
-            try:
-                shares = share([cards[number] for number in range(self.num_processes)])
-            except UserError as error:
-                problem = error
-        for number, (connection, _) in peers.items():
-            with contextlib.suppress(OSError):
-                _write(connection, {"met": not problem, "own": None if problem else shares[number]})
-        if problem:
-            raise problem
-        return peers, shares[0]
-
-    def _missing(self, peers: Collection[int]) -> str:
-        """Those that have not come yet, like '1, 3, 5 and 250 more'."""
-        missing = [str(number) for number in range(1, self.num_processes) if number not in peers]
-        return ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
-
-    def _report_to_first(
-        self, host: str, port: int, timeout: float, seen: Seen
-    ) -> tuple[socket.socket, list[int] | None]:
-        """Other processes: the connection to process 0, and the share of the GPUs."""
-        deadline, problem = time.monotonic() + timeout, None
-        try:
-            socket.getaddrinfo(host, port)
-        except OSError:
-            raise TransientError(
-                f"{NODE} cannot resolve {host!r}, the host of process 0: give an address that all nodes can reach "
-                "with --coordinator=ADDRESS:PORT."
-            ) from None
-        while time.monotonic() < deadline:
-            answer = {}
-            try:
-                connection = socket.create_connection((host, port), timeout=5)
-                _write(connection, {"job": JOB, "process": self.process_id, **seen._asdict()})
-                connection.settimeout(timeout + 5)
-                answer = _read(connection)
-            except OSError as error:
-                problem = error
-            except ValueError:
-                problem = "it ended"
-            if answer.get("met"):
-                return connection, answer["own"]
-            if answer:
-                os._exit(TransientError.exit_code)  # others are missing; process 0 says which
-            time.sleep(0.1)
-        if self.process_id != 1 and LOCAL_ID not in ("0", None):
-            os._exit(TransientError.exit_code)
-        raise TransientError(
-            f"{NODE} got no answer from process 0 at {host}:{port} within {timeout:.0f} s ({problem}): look above for "
-            "why process 0 ended; if it did not, the port is closed between the nodes or used by another job (choose "
-            "one with JAX_COORDINATOR_PORT), or it starts slowly (--start_timeout)."
-        )
+                    write(self._peers[process_id][0], words)
 
 
 def split_address(coordinator: str, num_processes: int, process_id: int) -> tuple[str, int]:
@@ -328,20 +237,6 @@ def _client():
     from vit_nabirds.parallel.jax_internals import coordination_client  # a process alone needs no JAX to end
 
     return coordination_client()
-
-
-def _write(connection: socket.socket, words: dict) -> None:
-    connection.sendall(json.dumps(words).encode() + b"\n")
-
-
-def _read(connection: socket.socket) -> dict:
-    """The next line, at most 4,000 bytes in the connection's timeout, and not a byte more: the rest is `_listen`'s."""
-    line, deadline = b"", time.monotonic() + connection.gettimeout()
-    while not line.endswith(b"\n") and len(line) < 4000 and time.monotonic() < deadline:
-        if not (byte := connection.recv(1)):
-            break
-        line += byte
-    return json.loads(line)
 
 
 def _show_stacks(name: str) -> None:

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 from vit_nabirds.errors import ConfigError, UserError
 from vit_nabirds.parallel import accelerators
-from vit_nabirds.parallel.group import NODE, ProcessGroup, split_address
+from vit_nabirds.parallel.group import ProcessGroup, split_address
+from vit_nabirds.parallel.meeting import NODE, is_loopback
 
 log = logging.getLogger("vit_nabirds")
 
@@ -200,6 +201,7 @@ def _initialize_jax(launch: Launch, group: ProcessGroup, own: list[int] | None) 
         launch.num_processes,
         launch.process_id,
         local_device_ids=own,
+        coordinator_bind_address=launch.coordinator if is_loopback(launch.coordinator.rpartition(":")[0]) else None,
         cluster_detection_method="deactivate",
         heartbeat_timeout_seconds=24 * 3600,  # its end is a dump; ours (group.py, watchdog.py) has a message
     )
