@@ -6,9 +6,16 @@
 #   STAGE           prepared folder, packed or in a .tar file: copied to each node's local disk before the training and
 #                   used as config.data.root
 #   MAX_FRUITLESS   how many requeues in a row may pass without a new checkpoint (default: 3)
+#   SRUN_OPTIONS    more options of srun, like --gpu-bind=closest
 set -uo pipefail
 die() { echo "error: $1" >&2; exit 2; }
 quoted() { printf ' %q' "$@"; echo; }
+# Options that replace one of the scripts' own, which Slurm would refuse beside them.
+declare -A instead=(
+    [mem]=mem-per-cpu [mem-per-gpu]=mem-per-cpu [ntasks]=ntasks-per-node [ntasks-per-gpu]=ntasks-per-node
+    [ntasks-per-socket]=ntasks-per-node [ntasks-per-core]=ntasks-per-node [cpus-per-gpu]=cpus-per-task
+    [tres-per-task]=cpus-per-task [share]=exclusive [oversubscribe]=exclusive
+)
 
 submitting=no dry_run=no
 requested=("${resources[@]}")
@@ -42,26 +49,41 @@ if [ -n "${STAGE:-}" ]; then
 fi
 # A process that fails ends the others itself, with one message; srun ends them if that takes more than 30 s.
 step=(srun ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=0 --wait=30)
+read -ra more <<< "${SRUN_OPTIONS:-}"
+step+=("${more[@]}")
 
 if [ $submitting = yes ]; then
+    # Of an allocation that this is typed in, the job would take more than sbatch replaces.
+    for name in $(compgen -e SLURM_); do [[ $name == SLURM_CONF* ]] || unset "$name"; done
+    environment=$(env | sed -n 's/^SBATCH_\([A-Z_]*\)=/\1 /p' | while read -r name value; do
+        name=${name,,}; name=${name/#timelimit/time}; echo "--${name//_/-}=$value"
+    done)
+    replaced=()
+    for option in "${requested[@]}" $environment; do
+        name=${option#--}; name=${instead[${name%%=*}]:-}
+        [ -z "$name" ] || replaced+=(-e "/^#SBATCH --$name\\b/d")
+    done
+    script=$(mktemp)
+    trap 'rm -f "$script"' EXIT
+    sed -e '' "${replaced[@]}" "$job" > "$script"
     if [ $dry_run = yes ]; then
         echo "command:"; quoted sbatch "${requested[@]}" "$job" "$@"
+        diff "$job" "$script" | sed -n 's/^< #SBATCH/replaced:/p'
         echo "asks Slurm for:"
         declare -A asked
         while read -r option; do asked[${option%%=*}]=$option; done < <(
-            sed -n 's/^#SBATCH //p' "$job"
-            env | sed -n 's/^SBATCH_\([A-Z_]*\)=/\1 /p' | while read -r name value; do
-                name=${name,,}; name=${name/#timelimit/time}; echo "--${name//_/-}=$value"
-            done
+            sed -n 's/^#SBATCH //p' "$script"
+            [ -z "$environment" ] || echo "$environment"
             [ ${#requested[@]} -eq 0 ] || printf '%s\n' "${requested[@]}"
         )
         printf '  %s\n' "${asked[@]}" | sort
         [ -z "${STAGE:-}" ] || { echo "on each node first:"; quoted launch/stage_data.sh "$STAGE"; }
         echo "each task:"; quoted "${training[@]}"
-        if sinfo > /dev/null 2>&1; then sbatch --test-only "${requested[@]}" "$job" "$@" || exit 2; fi
+        if sinfo > /dev/null 2>&1; then sbatch --test-only "${requested[@]}" "$script" "$@" || exit 2; fi
         exit 0
     fi
-    exec sbatch "${requested[@]}" "$job" "$@"
+    sbatch "${requested[@]}" "$script" "$@"
+    exit
 fi
 
 environment=${VENV:-.venv}/bin/activate

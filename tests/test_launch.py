@@ -32,6 +32,22 @@ def test_a_dry_run_shows_what_would_be_submitted(job):
     assert shown.stdout.count("--nodes=") == 2 and "python main.py train --config=configs/birds60.py" in shown.stdout
 
 
+@pytest.mark.parametrize(
+    "options, environment, gone",
+    [
+        (["--mem=8G"], {}, "--mem-per-cpu=4G"),
+        (["--ntasks=8"], {}, "--ntasks-per-node=1"),
+        (["--cpus-per-gpu=4"], {}, "--cpus-per-task=8"),
+        ([], {"SBATCH_MEM_PER_GPU": "8G"}, "--mem-per-cpu=4G"),
+    ],
+)
+def test_an_option_replaces_the_one_that_slurm_refuses_beside_it(options, environment, gone):
+    shown = launch("launch/train.sbatch", "--dry-run", *options, *TRAINING, **environment).stdout
+    assert f"replaced: {gone}" in shown and f"  {gone}" not in shown
+    kept = {"--mem-per-cpu=4G", "--ntasks-per-node=1", "--cpus-per-task=8", "--nodes=1"} - {gone}
+    assert all(f"  {option}" in shown for option in kept)
+
+
 def test_a_sweep_has_a_job_and_a_workdir_for_each_rate():
     shown = launch("launch/sweep.sbatch", "--dry-run", *TRAINING, RATES="0.001 1e-4 1e-5").stdout
     assert "  --array=0-2" in shown.splitlines() and "--output=%x-%A_%a.log" in shown

@@ -49,6 +49,18 @@ def test_a_sweep_trains_each_rate_in_its_own_workdir_whatever_comes(slurm, prepa
     assert results[0].keys() == results[1].keys() and results[0] != results[1]
 
 
+def test_options_replace_those_of_the_script_also_inside_an_allocation(slurm, prepared, tmp_path, monkeypatch):
+    allocation = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "7", "SLURM_MEM_PER_CPU": "9", "SLURM_CPUS_PER_TASK": "3"}
+    for name, value in (allocation | {"SRUN_OPTIONS": "--label --kill-on-bad-exit=1"}).items():
+        monkeypatch.setitem(slurm.environment, name, value)
+    job = slurm.submit(
+        "launch/train.sbatch", "--ntasks=2", "--cpus-per-task=1", "--mem=2G", f"--output={tmp_path / 'log'}", "--",
+        TINY, f"--config.data.root={prepared}", f"--workdir={tmp_path / 'run'}", "--config.epochs=1",
+    )  # fmt: skip
+    assert job.wait(120) == "COMPLETED", job.log()
+    assert "of 2 process(es)" in job.log() and "\n0: " in job.log()
+
+
 def test_a_job_goes_on_when_a_node_fails(slurm, prepared, tmp_path):
     job = slurm.submit(
         "launch/train.sbatch", "--nodes=2", "--cpus-per-task=1", f"--output={tmp_path / 'log'}", "--",
