@@ -5,6 +5,7 @@
 #   make test-transformers5  the tests of checkpoints and predictions, with transformers 5
 #   make gpu-compile         what `check --gpus=...` needs to compile for GPUs (573 MB)
 #   make benchmarks          every benchmark with tiny models, to see that the scripts work
+#   make audit               known weaknesses of the locked packages (needs the network)
 #   make lint                ruff, and the import rules between the sub-packages
 PYTHON ?= python3
 VENV ?= .venv
@@ -31,6 +32,12 @@ benchmarks: $(VENV)/ready
 	$(VENV)/bin/python -m benchmarks gpu gpu-parts --quick
 	$(VENV)/bin/python -m benchmarks accuracy --quick
 
+audit: $(VENV)/audit
+	PYTHONPATH=$(VENV)/audit $(VENV)/bin/python -m pip_audit -r requirements.lock --require-hashes --disable-pip
+
+$(VENV)/audit: $(VENV)/ready
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --target $@ pip-audit
+
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -56,4 +63,4 @@ $(VENV)/transformers5: $(VENV)/ready
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --target $@ --no-deps \
 		transformers==5.23.0 tokenizers==0.23.1
 
-.PHONY: benchmarks demo gpu-compile test test-slurm test-transformers5 lint
+.PHONY: audit benchmarks demo gpu-compile test test-slurm test-transformers5 lint
