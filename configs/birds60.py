@@ -21,9 +21,12 @@ All sixty, gentle parts of the recipe and more epochs, on 1,620 photographs, sel
     94.9 % after 12. With mixing, frozen lower blocks and 16 epochs 94.5 %: docs/recipes.md has the table, and what
     limits it. This configuration as it is, on all 1,800: 88.0, 93.3 and 95.0 % (1,647) after 2, 4 and 6 epochs.
 
+The same on one H100, in bfloat16, on 1,620 photographs: 95.1 % after 6 epochs, 97.2 % on the validation photographs.
+
 The head alone: configs/linear_probe.py.
 
-On two CPU cores with one seed.
+On two CPU cores with one seed. On 8 H100s, estimated: 0.5 GiB of each (XLA's account of the compiled step), and 7 s for
+the 675 steps, which take what the host needs to start them (10 ms or so): one GPU does as well.
 """
 
 from vit_nabirds import config as config_lib

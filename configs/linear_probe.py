@@ -21,6 +21,8 @@ All sixty, on all 1,800 training photographs:
     85.1 % (1,474 of 1,733) after 12 epochs
     85.1 % (1,475 of 1,733) with model.pretrained=dinov2-small and model.pool=cls, positions resized from 518 px
 
+On 8 H100s, estimated: 97 MiB of each (XLA's account of the compiled step), and the time of the host, 10 ms a step.
+
 On two CPU cores with one seed. Logistic regression on the frozen CLS features scores 94.6 % and 85.2 %, each on all
 training photographs.
 """

@@ -3,7 +3,8 @@
     python main.py --config=configs/lora.py --workdir=runs/lora10 \\
         --config.data.root=data/birds10 --config.model.pretrained=vit-small-patch14-224
 
-`export` writes a plain model, with the changes merged. Not measured yet.
+`export` writes a plain model, with the changes merged. Not measured yet. On 8 H100s, estimated: 0.3 GiB of each (XLA's
+account of the compiled step), and for small models the time of the host, 10 ms a step.
 """
 
 from vit_nabirds import config as config_lib

@@ -13,6 +13,9 @@ Not measured here. The course published, with those faults, 81.4, 85.5 and 86.7 
 With more devices use larger batches, and with SGD scale the learning rate in proportion. For 32 devices with 8 images
 each:
     --config.batch_size=256 --config.optimizer.learning_rate=0.03 --config.optimizer.warmup="100 steps"
+
+That batch on 8 H100s, estimated: 5.6 GiB of each (XLA's account of the compiled step), and 20 ms for each of the 281
+steps, if they reach a third of the peak, as they do in bfloat16.
 """
 
 from vit_nabirds import config as config_lib
