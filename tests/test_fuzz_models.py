@@ -332,7 +332,8 @@ HF_FIELDS = st.one_of(
 @example({"model_type": "vit", "num_hidden_layers": 1_000_000_000})  # took memory without end
 @example({"model_type": "vit", "hidden_size": 2**40, "num_attention_heads": 1})
 @example({"model_type": "vit", "image_size": 16_384, "patch_size": 1})
-@example({"model_type": "dinov2", "mlp_ratio": 10**400})  # OverflowError
+@example({"model_type": "dinov2", "mlp_ratio": 10**400, "use_swiglu_ffn": True})  # OverflowError
+@example({"model_type": "dinov2", "hidden_size": 12 * 10**400, "mlp_ratio": 4.5})  # OverflowError
 @example({"model_type": "dinov2", "mlp_ratio": 1e-9})  # a width of 0 was accepted
 @example({"model_type": "dinov2_with_registers", "num_register_tokens": -5})  # was accepted
 @example({"model_type": "vit", "num_register_tokens": "4"})
@@ -620,6 +621,7 @@ SELECTION_PATHS = st.one_of(
 @given(st.one_of(changed(SELECTION, SELECTION_PATHS), ANYTHING.filter(lambda x: isinstance(x, dict))), st.booleans())
 @example(SELECTION, True)
 @example(SELECTION | {"evaluations": {"1": 5}}, True)
+@example(SELECTION | {"evaluations": {"1": {"val/accuracy": 0.5}, "2": {"val/accuracy": 0.5}}}, True)  # KeyError
 @example(SELECTION | {"evaluations": {"1": {"val/accuracy": "high"}}}, True)  # TypeError in `best`
 @example(SELECTION | {"tests": {"2": {"accuracy": 0.5}}}, True)  # KeyError in `export`
 @example(SELECTION | {"unknown": 5}, True)
@@ -629,7 +631,7 @@ def test_a_selection_is_valid_or_all_is_unknown(content, is_checked):
         Path(name, "selection.json").write_bytes(as_json(content | crc32))
         Path(name, "predictions.parquet").touch()
         found = Selection.read(Path(name), [1, 2], "val/accuracy")
-        assert set(found.unknown) <= {1, 2}
+        assert set(found.unknown) <= {1, 2} and all(figures.keys() >= TEST for figures in found.tests.values())
         best = found.best([1, 2])
         assert best in (None, 1, 2) and set(found.keep([1, 2])) <= {1, 2} and found.evaluations_since_best >= 0
         if best and 2 in found.tests and best in found.tests:
