@@ -205,7 +205,7 @@ def two_files(folder):
 BROKEN = {
     "missing tensor": (lambda f: edit_tensors(f, lambda t: t.pop(QUERY)), r"1\.attention.*query.weight' is missing"),
     "misshaped tensor": (lambda f: edit(f, mlp_ratio=2), r"shape \(64, 16\).*implies \(32, 16\)"),
-    "extra tensor": (lambda f: edit_tensors(f, lambda t: t.update(extra=t[QUERY])), "no place in the model: extra"),
+    "extra tensor": (lambda f: edit_tensors(f, lambda t: t.update(extra=t[QUERY])), "no place in the model: 'extra'"),
     "integers": (lambda f: edit_tensors(f, lambda t: t.update({QUERY: t[QUERY].astype("int32")})), "expected floats"),
     "not finite": (lambda f: edit_tensors(f, lambda t: t.update({QUERY: t[QUERY] * np.nan})), "not finite"),
     "fewer layers in config": (lambda f: edit(f, num_hidden_layers=1), "no place in the model"),
@@ -217,8 +217,11 @@ BROKEN = {
     "other activation": (lambda f: edit(f, hidden_act="relu"), "hidden_act is 'relu'; only 'gelu' is supported"),
     "grey images": (lambda f: edit(f, num_channels=1), "num_channels is 1; only 3"),
     "no number": (lambda f: edit(f, hidden_size="16"), "hidden_size is '16'; expected a value like 768"),
-    "heads": (lambda f: edit(f, num_attention_heads=3), "hidden_size 16 is not a multiple of num_attention_heads 3"),
-    "patches": (lambda f: edit(f, patch_size=7), "image_size 16 is not a multiple of patch_size 7"),
+    "heads": (
+        lambda f: edit(f, num_attention_heads=3),
+        "hidden_size is 16; expected a multiple of num_attention_heads, which is 3",
+    ),
+    "patches": (lambda f: edit(f, patch_size=7), "image_size is 16; expected a multiple of patch_size, which is 7"),
     "images": (
         lambda f: edit(f, "preprocessor_config.json", size=20),
         "size is 20; expected a multiple of",

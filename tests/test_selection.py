@@ -2,7 +2,7 @@
 
 import pytest
 
-from vit_nabirds.runs.selection import Selection
+from vit_nabirds.runs.selection import TEST, Selection
 
 EVALUATIONS = {  # accuracy, mean per-class accuracy, loss
     10: (0.80, 0.81, 0.60), 20: (0.90, 0.82, 0.50), 30: (0.90, 0.85, 0.40), 40: (0.90, 0.84, 0.40),
@@ -35,7 +35,7 @@ def test_only_steps_with_a_checkpoint_and_an_evaluation_can_be_best(tmp_path):
 
 def test_what_is_written_is_read(tmp_path):
     found = selection(tmp_path, "val/accuracy")
-    found.tests[30] = {"accuracy": 0.875, "accuracy_interval": [0.8, 0.9]}
+    found.tests[30] = dict.fromkeys(TEST, 0.875) | {"accuracy_interval": [0.8, 0.9]}
     found.write()
     (tmp_path / "predictions.parquet").touch()
     assert Selection.read(tmp_path, [10], "val/accuracy") == found

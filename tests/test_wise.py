@@ -85,7 +85,7 @@ def test_the_positions_of_a_run_are_resized(tuned, prepared):
     expected = resize_positions(np.asarray(open_run(tuned).params["position_embeddings"]), 4, antialias=False)
     np.testing.assert_array_equal(positions, expected)
     config.model.image_size = 20
-    with pytest.raises(ConfigError, match="choose a multiple of 8"):
+    with pytest.raises(ConfigError, match="choose a multiple of patch_size, which is 8"):
         starting_point(Config.read(config), ProcessGroup())
 
 

@@ -14,7 +14,7 @@ from types import ModuleType
 from absl import flags
 from absl import logging as absl_logging
 
-from vit_nabirds.errors import ConfigError, UserError, say
+from vit_nabirds.errors import ConfigError, UserError, quoted, say, visible
 from vit_nabirds.parallel import launchers
 from vit_nabirds.parallel.group import ProcessGroup
 from vit_nabirds.parallel.preemption import EXIT_STOPPED, SIGNALS
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
             return _show(overview())
         name, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("train", argv)
         if name not in COMMANDS:
-            raise ConfigError(f"there is no command {name!r}: it is one of {', '.join(COMMANDS)}, help")
+            raise ConfigError(f"there is no command {quoted(name)}: it is one of {', '.join(COMMANDS)}, help")
         command = importlib.import_module(f"vit_nabirds.commands.{name}")
         if HELP & set(argv):
             return _show(help_of(name, command))
@@ -91,13 +91,13 @@ def main(argv: list[str]) -> int:
 
 def parse(name: str, command: ModuleType, argv: list[str]) -> flags.FlagValues:
     """The command's flags; ConfigError for a mistake."""
-    from vit_nabirds.config.flags import as_field, explain
+    from vit_nabirds.config.flags import as_field, explain, explain_value
 
     values = flags_of(command, argv := with_configuration(command, argv))
     try:
         rest = values([name, *argv])
         if len(rest) > 1:
-            raise ConfigError(f"unexpected argument {rest[1]!r}")
+            raise ConfigError(f"unexpected argument {quoted(rest[1])}")
         if "config" in values:
             values.config.lock()  # raises what went wrong when the file was loaded
     except flags.UnrecognizedFlagError as error:
@@ -109,7 +109,7 @@ def parse(name: str, command: ModuleType, argv: list[str]) -> flags.FlagValues:
         raise
     except Exception as error:  # of a flag, or anything that the user's configuration file may raise
         if "config" not in values or (isinstance(error, flags.Error) and "Traceback" not in str(error)):
-            raise ConfigError(" ".join(str(error).split())) from None
+            raise ConfigError(explain_value(str(error)) or " ".join(str(error).split())) from None
         raise ConfigError(explain(error, argv)) from None
     if missing := [f"--{flag}" for flag in command.REQUIRED if values[flag].value is None]:
         raise ConfigError(f"{name} needs {' and '.join(missing)}")
@@ -121,10 +121,10 @@ def refuse_addresses(values: flags.FlagValues) -> None:
     """ConfigError for an address like gs://bucket/run, which would be taken for a folder in the current one."""
     given = {flag: value for flag, value in values.flag_values_dict().items() if flag != "config"}
     if "config" in values:
-        given |= {
-            "config.data.root": values.config.data.root,
-            "config.model.pretrained": values.config.model.pretrained,
-        }
+        from vit_nabirds.config.fields import flat
+
+        fields = flat(values.config.to_dict())  # --config.model={} leaves a section without fields
+        given |= {f"config.{name}": fields.get(name) for name in ("data.root", "model.pretrained")}
     for flag, value in given.items():
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", text):
@@ -154,11 +154,18 @@ def flags_of(command: ModuleType, argv: list[str]) -> flags.FlagValues:
     return values
 
 
+class Visible(logging.Formatter):
+    """What a line quotes of files must not move the terminal's cursor."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record), keep="\n\t")
+
+
 def log_to_stderr() -> None:
     log = logging.getLogger("vit_nabirds")
     if not log.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(Visible("%(asctime)s %(message)s", "%H:%M:%S"))
         log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False

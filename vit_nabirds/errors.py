@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import re
+import reprlib
 
 
 class UserError(Exception):
@@ -65,6 +66,11 @@ def remedy_of(error: OSError) -> str:
 
 def message_of(error: BaseException) -> str | None:
     """One line for the user; None for a fault of the program, which needs its traceback."""
+    message = _message_of(error)
+    return message and visible(message if len(message) <= LONGEST else f"{message[:LONGEST]} …")
+
+
+def _message_of(error: BaseException) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("vit_nabirds"):
@@ -83,6 +89,28 @@ def message_of(error: BaseException) -> str | None:
 
 
 def say(line: str) -> None:
-    """Write a line to stderr, from any thread or signal handler. A reader that has gone must not stop the work."""
+    """Write lines to stderr, from any thread or signal handler. A reader that has gone must not stop the work."""
     with contextlib.suppress(OSError):
-        os.write(2, line.encode(errors="surrogateescape") + b"\n")
+        os.write(2, visible(line, keep="\n\t").encode() + b"\n")
+
+
+# What moves a cursor, turns text around or is no character at all: Unicode's controls (Cc), its marks of direction, its
+# separators of lines, and half characters, which cannot be written.
+_INVISIBLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+LONGEST = 4000  # characters of a message
+
+
+def visible(text: str, keep: str = "") -> str:
+    """The text as a terminal may be given it: "\\x1b" for the character, except for those to keep."""
+    return _INVISIBLE.sub(lambda found: found[0] if found[0] in keep else repr(found[0])[1:-1], text)
+
+
+def quoted(text: object, most: int = 200) -> str:
+    """What others have written, as `repr` shows it: at most so many characters, none of them invisible."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = most
+    try:
+        shown = visible(short.repr(text))
+    except ValueError:  # Python does not write a number of more than 4,300 digits
+        shown = "a number of thousands of digits"
+    return shown if len(shown) <= most else shown[: most - 1] + "…"

@@ -1,5 +1,6 @@
 """Write a run's checkpoint as a folder that Hugging Face's transformers loads."""
 
+import html
 import json
 import logging
 import os
@@ -7,7 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from vit_nabirds.errors import UserError
+from vit_nabirds.errors import UserError, visible
 
 log = logging.getLogger("vit_nabirds")
 
@@ -74,7 +75,8 @@ def between(opened, share: float | str):
 def model_card(opened, name: str, share: float | None = None) -> str:
     """README.md of the folder, with the Hub's metadata at its head, for a run from `open_run`, or a share of it."""
     metadata, config = opened.metadata, opened.metadata.config
-    size = metadata.architecture["image_size"]
+    size, title = metadata.architecture["image_size"], visible(name)
+    source = visible(config["model"]["pretrained"] or "random weights").replace("`", "'")  # which would end the code
     fields = ("model", "augment", "loss", "lora", "optimizer", "evaluate", "batch_size", "epochs", "ema_decay", "seed")
     recipe = {"data": {name: config["data"][name] for name in ("label", "validation", "sampling", "repeats")}}
     recipe |= {name: config[name] for name in (*fields, "trainable")}
@@ -95,10 +97,10 @@ library_name: transformers
 pipeline_tag: image-classification
 tags: [birds, vision]
 ---
-# {name}
+# {html.escape(title, quote=False)}
 
 Names {len(metadata.species):,} species of birds in photographs ({size} x {size} pixels). Fine-tuned with vit-nabirds
-from `{config["model"]["pretrained"] or "random weights"}`, and exported after step {opened.step:,}.{weights}
+from `{source}`, and exported after step {opened.step:,}.{weights}
 
 **Measured:** {measured(opened, share)}.
 
@@ -113,7 +115,7 @@ from PIL import Image, ImageOps
 from transformers import pipeline
 
 photo = ImageOps.pad(Image.open("bird.jpg").convert("RGB"), ({size}, {size}))
-print(pipeline("image-classification", model="{name}")(photo))
+print(pipeline("image-classification", model={json.dumps(title, ensure_ascii=False)})(photo))
 ```
 
 A picture of {size} x {size} pixels gives the logits of the training. transformers resizes a larger one by another
@@ -135,7 +137,7 @@ def measured(opened, share: float | None = None) -> str:
     if not values and opened.figures:
         split = "validation" if "val/accuracy" in opened.figures else "test"
         values = {name.partition("/")[2]: value for name, value in opened.figures.items()}
-    if not values:
+    if not values.keys() >= {"accuracy", "top5_accuracy", "mean_class_accuracy", "examples"}:
         return "not evaluated at this step" if share is None else f"not yet; `evaluate --wise={share:g}` does"
     views = COUNTS[opened.metadata.config["evaluate"]["views"]]
     low, high = values.get("accuracy_interval", (None, None))

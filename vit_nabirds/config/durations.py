@@ -6,6 +6,7 @@ from fractions import Fraction
 from typing import Self
 
 CLOCK = "'500 steps', '1 epoch' or '10 minutes'"
+NUMBER = "[0-9]{1,12}"  # longer ones overflow where a float is made of them
 STEPS = "'500 steps' or '1 epoch'"
 
 
@@ -19,8 +20,8 @@ class Duration:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """ValueError if the text is no duration."""
-        match = re.fullmatch(r"\s*(\d+|\d+\.\d+(?!\s*step))\s*(step|epoch|minute)s?\s*", text)
+        """ValueError if the text is no duration; TypeError if it is no text."""
+        match = re.fullmatch(rf"\s*({NUMBER}|{NUMBER}\.[0-9]{{1,12}}(?!\s*step))\s*(step|epoch|minute)s?\s*", text)
         if not match:
             raise ValueError(text)
         return cls(text, Fraction(match[1]), match[2])
@@ -47,8 +48,8 @@ class StepRange:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """ValueError if the text is no range of steps from 1 on."""
-        match = re.fullmatch(r"(\d+)-(\d+)", text or "1-0")
+        """ValueError if the text is no range of steps from 1 on; TypeError if it is no text."""
+        match = re.fullmatch(f"({NUMBER})-({NUMBER})", "1-0" if text == "" else text)
         first, last = (int(match[1]), int(match[2])) if match else (0, 0)
         if first < 1 or (text and last < first):
             raise ValueError(text)

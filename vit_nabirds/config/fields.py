@@ -1,8 +1,6 @@
 """Every field of a run's configuration: its default, its meaning and the check of its value."""
 
 import dataclasses
-import functools
-import math
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +11,7 @@ from ml_collections import config_dict
 
 from vit_nabirds.config.durations import CLOCK, STEPS, Duration, StepRange
 from vit_nabirds.config.path_rules import PathRules
-from vit_nabirds.errors import ConfigError
+from vit_nabirds.errors import ConfigError, quoted
 
 
 class Check(NamedTuple):
@@ -24,10 +22,12 @@ class Check(NamedTuple):
     parse: Callable[[str], Any] | None = None
 
 
-POSITIVE = Check(lambda x: 0 < x < math.inf, "positive")
+MOST = 10**9  # far above what means something, and far below what overflows
+POSITIVE = Check(lambda x: 0 < x <= MOST, "positive, and at most 1e9")
 COUNT = Check(lambda x: 0 < x <= 10_000, "between 1 and 10,000")
 SIZE = Check(lambda x: 0 < x <= 1_000_000, "between 1 and 1,000,000")
-NOT_NEGATIVE = Check(lambda x: 0 <= x < math.inf, "0 or more")
+DEVICES = Check(lambda x: 0 < x <= 1_024, "between 1 and 1,024")
+NOT_NEGATIVE = Check(lambda x: 0 <= x <= MOST, "0 or more, and at most 1e9")
 SHARE = Check(lambda x: 0 <= x < 1, "at least 0 and less than 1")
 SHARE_OR_ALL = Check(lambda x: 0 < x <= 1, "above 0 and at most 1")
 SEED = Check(lambda x: 0 <= x < 2**32, "between 0 and 2^32 - 1")
@@ -56,7 +56,7 @@ def within(low: float, high: float) -> Check:
 def _is_pattern(text: str) -> bool:
     try:
         return bool(text and re.compile(text))
-    except re.error:
+    except (re.error, OverflowError, RecursionError):
         return False
 
 
@@ -169,8 +169,9 @@ class Loss:
 @dataclasses.dataclass(frozen=True)
 class Lora:
     rank: int = _field(
-        0, "train low-rank changes of the weights, and the classifier, only; 0: the weights themselves", NOT_NEGATIVE
-    )
+        0, "train low-rank changes of the weights, and the classifier, only; 0: the weights themselves",
+        Check(lambda x: 0 <= x <= 10_000, "between 0 and 10,000"),
+    )  # fmt: skip
     alpha: float = _field(16.0, "the changes are multiplied by alpha / rank", POSITIVE)
     targets: str = _field("attn|mlp", "regular expression in the paths of the layers that are changed", PATTERN)
 
@@ -237,7 +238,7 @@ class Config:
     """A checked configuration. `Config.read` makes one of what the user wrote."""
 
     seed: int = _field(0, "for the order of the photographs, their augmentation, dropout and new weights", SEED)
-    batch_size: int = _field(128, "photographs a step, over all devices of all hosts", POSITIVE)
+    batch_size: int = _field(128, "photographs a step, over all devices of all hosts", SIZE)
     epochs: float = _field(10.0, "passes over the training photographs", POSITIVE)
     compute_dtype: str = _field(
         "float32", "'float32' or 'bfloat16'; parameters stay float32", one_of("float32", "bfloat16")
@@ -254,7 +255,7 @@ class Config:
         0.0, "of the moving average of the parameters, which is evaluated and exported; 0: none", SHARE
     )
     trainable: str = _field(".*", "regular expression in parameter paths; 'classifier' trains the head alone", PATTERN)
-    cpu_devices: int = _field(1, "without an accelerator, split the CPU into this many devices", COUNT)
+    cpu_devices: int = _field(1, "without an accelerator, split the CPU into this many devices", DEVICES)
     data: Data = dataclasses.field(default_factory=Data)
     model: Model = dataclasses.field(default_factory=Model)
     augment: Augment = dataclasses.field(default_factory=Augment)
@@ -286,9 +287,7 @@ class Config:
     def read(cls, values: Mapping) -> Self:
         """From a ConfigDict or a checkpoint's JSON; a missing field has its default. ConfigError for a wrong value."""
         given = flat(values.to_dict() if isinstance(values, ml_collections.ConfigDict) else values)
-        known = {name for name, _ in fields()}
-        if unknown := sorted(given.keys() - known):
-            raise ConfigError(f"the configuration has the unknown field {unknown[0]!r}: `train --help` lists them all.")
+        check_names(given)
         config = _section(cls, given)
         if not config.data.root:
             raise ConfigError(
@@ -344,6 +343,14 @@ IDLE = (
 )
 
 
+def check_names(values: Mapping) -> None:
+    """ConfigError for a dotted name that no field has."""
+    if unknown := sorted(values.keys() - {name for name, _ in fields()}):
+        raise ConfigError(
+            f"the configuration has the unknown field {quoted(unknown[0])}: `train --help` lists them all."
+        )
+
+
 def _default_of(name: str) -> Any:
     return next(field.default for other, field in fields() if other == name)
 
@@ -374,11 +381,15 @@ def _defaults(section: type) -> ml_collections.ConfigDict:
     return config
 
 
+DEEPEST = 2  # sections in each other that are looked into; ours have none in them
+
+
 def flat(tree: Mapping, prefix: str = "") -> dict:
     """{'model': {'patch_size': 16}} -> {'model.patch_size': 16}"""
     leaves = {}
     for key, value in tree.items():
-        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        is_section = isinstance(value, Mapping) and prefix.count(".") < DEEPEST
+        leaves |= flat(value, f"{prefix}{key}.") if is_section else {f"{prefix}{key}": value}
     return leaves
 
 
@@ -387,11 +398,13 @@ BEFORE = {"data.validation": 0.0}
 
 
 def with_defaults(stored: Mapping) -> dict:
-    """A stored configuration with a value for each field that it lacks: an earlier version had fewer."""
-    complete = default().to_dict()
-    for name, value in (BEFORE | flat(stored)).items():
-        *sections, last = name.split(".")
-        functools.reduce(lambda tree, key: tree.setdefault(key, {}), sections, complete)[last] = value
+    """A stored configuration with a value for each field that it lacks: an earlier version had fewer. ConfigError for a
+    field that there is not."""
+    complete, values = default().to_dict(), BEFORE | flat(stored)
+    check_names(values)
+    for name, value in values.items():
+        section, _, last = name.rpartition(".")
+        (complete[section] if section else complete)[last] = value
     return complete
 
 
@@ -407,16 +420,46 @@ def _section(section: type, given: dict, prefix: str = "") -> Any:
 
 
 def _checked(name: str, value: Any, field: dataclasses.Field) -> Any:
-    check = field.metadata["check"]
+    check, kind = field.metadata["check"], kind_of(field)
     if value is None and field.default is None:
         return None
     try:
-        parsed = check.parse(value) if check.parse else value
-        if check.holds(parsed):
-            return parsed
-    except (TypeError, ValueError):
+        if kind.has(value):
+            parsed = check.parse(value) if check.parse else value
+            if check.holds(parsed):
+                return parsed
+    except (TypeError, ValueError, OverflowError):
         pass
-    raise ConfigError(f"config.{name} is {value!r}: it must be {check.expected}.")
+    raise ConfigError(f"config.{name} is {quoted(value)}: it must be {expected_of(field)}.")
+
+
+class Kind(NamedTuple):
+    """What a field's value is, and whether something is that."""
+
+    name: str
+    has: Callable[[Any], bool]
+
+
+KINDS = {
+    bool: Kind("True or False", lambda x: isinstance(x, bool)),
+    int: Kind("a whole number", lambda x: isinstance(x, int) and not isinstance(x, bool)),
+    float: Kind("a number", lambda x: isinstance(x, float | int) and not isinstance(x, bool)),
+    str: Kind("text of at most 10,000 characters", lambda x: isinstance(x, str) and len(x) <= 10_000 and "\0" not in x),
+    tuple: Kind("a pair of numbers", lambda x: isinstance(x, tuple | list)),
+}
+PARSED = Kind("text", lambda _: True)  # by a parser that refuses other types
+
+
+def kind_of(field: dataclasses.Field) -> Kind:
+    default = field.metadata["default"]
+    is_parsed = field.metadata["check"].parse and isinstance(default, str)
+    return PARSED if is_parsed else KINDS[field.metadata["kind"] or type(default)]
+
+
+def expected_of(field: dataclasses.Field) -> str:
+    """What a field takes, in words."""
+    kind, expected = kind_of(field), field.metadata["check"].expected
+    return f"{expected}, and {kind.name}" if expected and kind is KINDS[int] else expected or kind.name
 
 
 def _as_written(section: Any) -> dict:

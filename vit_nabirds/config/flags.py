@@ -3,7 +3,8 @@
 import difflib
 import re
 
-from vit_nabirds.config.fields import default, fields, flat
+from vit_nabirds.config.fields import default, expected_of, fields, flat
+from vit_nabirds.errors import quoted
 
 # What other programs call our fields.
 ALIASES = {
@@ -13,7 +14,8 @@ ALIASES = {
     "smoothing": "loss.label_smoothing", "reprob": "augment.erasing", "randaugment": "augment.policy",
     "accumulate": "microbatch", "gradient_accumulation": "microbatch", "grad_accum_steps": "microbatch",
     "layerwise_decay": "optimizer.layer_decay", "fsdp": "mesh.fsdp", "lora_rank": "lora.rank",
-    "grad_clip": "optimizer.clip_norm", "num_workers": "data.workers", "data_dir": "data.root",
+    "grad_clip": "optimizer.clip_norm", "clip": "optimizer.clip_norm", "num_workers": "data.workers",
+    "data_dir": "data.root",
 }  # fmt: skip
 
 
@@ -42,6 +44,18 @@ def suggestion(name: str) -> str:
     return f"did you mean --config.{field}?" if field else "`train --help` lists all fields."
 
 
+def explain_value(message: str) -> str | None:
+    """One line for what absl says of a flag whose text is no value of a field; None for another message."""
+    wrong = re.match(r"flag --config\.([\w.]+)=(.*?): ", message, re.DOTALL)
+    if wrong is None:
+        return None
+    known, start = dict(fields()), f"config.{wrong[1]} is {quoted(wrong[2])}"
+    if wrong[1] in known:
+        return f"{start}: it must be {expected_of(known[wrong[1]])}."
+    examples = [name for name in known if name.startswith(f"{wrong[1]}.")]
+    return f"{start}, but it is a section: set a field of it, like --config.{examples[0]}." if examples else None
+
+
 def explain(error: Exception, argv: list[str]) -> str:
     """One line for what Python or ml_collections raised about the configuration that a command line asks for."""
     named = next(i for i, argument in enumerate(argv) if re.match("--?config(=|$)", argument))
@@ -51,6 +65,9 @@ def explain(error: Exception, argv: list[str]) -> str:
     while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps them
         error = error.args[0]
     message = str(error.args[0] if error.args else error).strip()
+    if isinstance(error, TypeError) and (part := re.search(r"--config\.([\w.]+)\.\w+(=|$)", " ".join(argv))):
+        if part[1] in dict(fields()):
+            return f"{part[0].rstrip('=')}: config.{part[1]} is a field and has no parts."
     unknown = re.match(r"Key \"(\w+)\" does not exist", message) or re.match(r"'?(\w+)'?(\nDid you mean|$)", message)
     if unknown and isinstance(error, KeyError | AttributeError):
         given = re.search(rf"--config\.((\w+\.)*{unknown[1]})\b", " ".join(argv))

@@ -5,7 +5,7 @@ import math
 import re
 from typing import NamedTuple, Self
 
-from vit_nabirds.errors import ConfigError
+from vit_nabirds.errors import ConfigError, quoted
 
 
 class PathRule(NamedTuple):
@@ -47,9 +47,9 @@ def _rule(text: str) -> PathRule:
             and (wd is None or 0 <= wd < math.inf)
         ):
             return PathRule(pattern, lr, wd, "frozen" in given)
-    except (re.error, ValueError):
+    except (re.error, ValueError, OverflowError, RecursionError):
         pass
     raise ConfigError(
-        f"config.optimizer.rules has {text!r}: each rule is a regular expression without spaces, then lr=NUMBER above "
-        "0, wd=NUMBER of 0 or more, or both, or the word frozen; a semicolon separates two rules."
+        f"config.optimizer.rules has {quoted(text)}: each rule is a regular expression without spaces, then "
+        "lr=NUMBER above 0, wd=NUMBER of 0 or more, or both, or the word frozen; a semicolon separates two rules."
     )

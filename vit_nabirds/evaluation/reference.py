@@ -69,9 +69,13 @@ def load_reference(checkpoint: Checkpoint) -> tuple[Callable[[np.ndarray], np.nd
 
 
 def _from_pretrained(cls, checkpoint: Checkpoint, **options):
-    with contextlib.suppress(Exception):  # not every class reads shards, or other names of files or tensors
-        return cls.from_pretrained(checkpoint.folder, **options)
-    # From a single file, with PyTorch's names.
+    # Of the folder these files only: transformers would sooner take weights in other formats, which we have not read.
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Exception):
+        for file in checkpoint.folder.iterdir():
+            if file.name == "config.json" or file.name.endswith((".safetensors", ".safetensors.index.json")):
+                Path(folder, file.name).symlink_to(file.absolute())
+        return cls.from_pretrained(folder, **options)
+    # Not every class reads shards, or other names of files or tensors: from a single file, with PyTorch's names.
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(checkpoint.folder / "config.json", folder)
         prefix = family(checkpoint.architecture) + "." if checkpoint.labels else ""
@@ -83,5 +87,5 @@ def _from_pretrained(cls, checkpoint: Checkpoint, **options):
         try:
             return cls.from_pretrained(folder, **options)
         except Exception as error:  # transformers raises many types
-            message = str(error).strip().splitlines()[0]
+            message = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"transformers' {cls.__name__} cannot load {checkpoint.folder}: {message}") from None

@@ -5,6 +5,18 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+RANGES = {"mean": (-255, 255), "std": (0.001, 255)}  # of what may be meant: anything else makes pixels meaningless
+
+
+def are_valid(name: str, values: object) -> bool:
+    """Whether these are the values of three channels, for "mean" or "std"."""
+    least, most = RANGES[name]
+    return (
+        isinstance(values, list | tuple)
+        and len(values) == 3
+        and all(type(x) in (int, float) and least <= x <= most for x in values)
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class Normalization:

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,9 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from vit_nabirds.config.fields import with_defaults
-from vit_nabirds.errors import TransientError, UserError
-from vit_nabirds.models.normalization import Normalization
+from vit_nabirds.config.fields import SHAPE, Config, with_defaults
+from vit_nabirds.errors import TransientError, UserError, quoted, visible
+from vit_nabirds.models.limits import problem_of
+from vit_nabirds.models.normalization import RANGES, Normalization, are_valid
+from vit_nabirds.models.pretrained.hf_config import PARTS
 from vit_nabirds.parallel.locks import lock
 from vit_nabirds.runs.files import crc32_of
 
@@ -47,10 +49,48 @@ class Metadata:
 
     @classmethod
     def from_json(cls, fields: dict) -> Self:
-        normalization = Normalization(*(tuple(values) for values in fields["normalization"].values()))
+        """UserError for what no version of this program writes."""
         fields = {"crop": "box", "base": None, "history": []} | fields  # earlier versions knew nothing else
-        fields = {field.name: fields[field.name] for field in dataclasses.fields(cls)}
-        return cls(**fields | {"config": with_defaults(fields["config"]), "normalization": normalization})
+        if wrong := [name for name, holds in _CHECKS.items() if not holds(fields.get(name))]:
+            raise UserError(f"{wrong[0]} is {quoted(fields.get(wrong[0]))}, which this program does not write")
+        config = with_defaults(fields["config"])
+        Config.read(config)
+        fields = {field.name: fields[field.name] for field in dataclasses.fields(cls)} | {"config": config}
+        fields["species"] = [visible(name) for name in fields["species"]]
+        return cls(**fields | {"normalization": Normalization(**_tuples(fields["normalization"]))})
+
+
+def _tuples(lists: dict[str, list]) -> dict[str, tuple]:
+    return {name: tuple(values) for name, values in lists.items()}
+
+
+def _is_architecture(value: object) -> bool:
+    known = PARTS.keys() | set(SHAPE)
+    return isinstance(value, dict) and value.keys() <= known and problem_of(PARTS | value) is None
+
+
+def _is_normalization(value: object) -> bool:
+    return isinstance(value, dict) and value.keys() == RANGES.keys() and all(are_valid(*item) for item in value.items())
+
+
+def _is_word(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[\w-]{1,100}", value) is not None
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(x, str) and len(x) <= 1_000 for x in value)
+
+
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "config": lambda value: isinstance(value, dict),
+    "architecture": _is_architecture,
+    "species": _are_names,
+    "normalization": _is_normalization,
+    "fingerprint": _is_word,
+    "crop": _is_word,
+    "base": lambda value: value is None or _is_word(value),
+    "history": lambda value: isinstance(value, list) and all(isinstance(entry, dict) for entry in value),
+}
 
 
 class DamagedCheckpoint(TransientError):
@@ -107,7 +147,15 @@ class Checkpoints:
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=self,
         )
-        self._orbax = self._open(cleanup_tmp_directories=not read_only)
+        try:
+            self._orbax = self._open(cleanup_tmp_directories=not read_only)
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EOVERFLOW:  # which a date in the year 10^20 raises
+                raise
+            raise UserError(
+                f"{folder} has a checkpoint whose _CHECKPOINT_METADATA is not what this program writes "
+                f"({quoted(str(error))}): delete that checkpoint."
+            ) from None
 
     def should_preserve(self, checkpoints: list, *, context: Any) -> list[bool]:
         """Orbax's PreservationPolicy."""
@@ -167,7 +215,12 @@ class Checkpoints:
             )
 
     def metadata(self, step: int) -> Metadata:
-        return Metadata.from_json(self._stored(step))
+        fields = self._stored(step)
+        try:
+            return Metadata.from_json(fields)
+        except UserError as error:
+            folder = self._orbax.directory / str(step)
+            raise UserError(f"the metadata of {folder} are of no use here: {error}") from None
 
     def paths(self, step: int, part: str) -> list[str]:
         """Of the arrays in a part; UserError if there is no such part."""
@@ -205,14 +258,16 @@ class Checkpoints:
         """What `save` stored beside the arrays; UserError if it is damaged or of another version."""
         try:
             fields = dict(self._orbax.checkpointables_metadata(step).custom_metadata)
-        except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OSError, RecursionError) as error:
             raise self._unusable(step, error) from error
         if "fingerprint" in fields and "crc32" not in fields and "format" not in fields:  # the first format
             raise self._of_another_version(step)
         if fields.pop("crc32", None) != crc32_of(fields):
             raise self._unusable(step)
-        if fields["format"] != FORMAT:
+        if fields.get("format") != FORMAT:
             raise self._of_another_version(step)
+        if not _are_described(fields.get("arrays")):
+            raise self._unusable(step)
         return fields
 
     def wait(self) -> None:
@@ -305,6 +360,14 @@ def _described(array: jax.Array | jax.ShapeDtypeStruct, found: Digest | None = N
     return [str(array.dtype), list(array.shape), *([found.checksum] if found else [])]
 
 
+def _are_described(parts: object) -> bool:
+    """Whether it is what `save` says of arrays, by part and path."""
+    return isinstance(parts, dict) and all(
+        isinstance(part, dict) and all(isinstance(x, list) and len(x) == 3 for x in part.values())
+        for part in parts.values()
+    )
+
+
 def _fit(stored: dict[str, dict[str, list]], like: dict[str, dict[str, jax.ShapeDtypeStruct]]) -> bool:
     return all(
         {path: x[:2] for path, x in stored.get(name, {}).items()} == {path: _described(x) for path, x in part.items()}
@@ -325,8 +388,9 @@ def reading_error(folder: Path, error: BaseException | None) -> str | None:
 
     try:
         for parent, _, files in os.walk(folder, onerror=stop):
-            for file in files:
-                Path(parent, file).read_bytes()
+            for file in (Path(parent, name) for name in files):
+                if file.is_file():  # to read a pipe would take for ever
+                    file.read_bytes()
     except OSError as error:
         return error.strerror
     return None

@@ -2,8 +2,8 @@
 
 import contextlib
 import dataclasses
-import json
 import logging
+import os
 from pathlib import Path
 from typing import Self
 
@@ -11,6 +11,8 @@ import jax
 import numpy as np
 
 from vit_nabirds.config import Config
+from vit_nabirds.config.fields import with_defaults
+from vit_nabirds.config.json_files import read_object
 from vit_nabirds.errors import UserError
 from vit_nabirds.models.model import Model, describe
 from vit_nabirds.models.pretrained.checkpoint import Checkpoint, open_checkpoint
@@ -62,13 +64,12 @@ def open_run(workdir: Path, step: int | None = None) -> LoadedRun:
             f"{workdir} holds no run (no 'checkpoints', no 'config.json'): give the --workdir of a training."
         )
     try:
-        config = json.loads((workdir / "config.json").read_text())
-        cpu_devices, pretrained = int(config["cpu_devices"]), str(config["model"]["pretrained"])
-    except (ValueError, KeyError, TypeError):
+        config = Config.read(with_defaults(read_object(workdir / "config.json")))
+    except (ValueError, UserError) as error:
         raise UserError(
-            f"{workdir / 'config.json'} is damaged: run the training's command again to write a new one."
+            f"{workdir / 'config.json'} is damaged ({error}): run the training's command again to write a new one."
         ) from None
-    devices.split_cpu(cpu_devices)  # before Orbax asks for devices
+    devices.split_cpu(config.cpu_devices)  # before Orbax asks for devices
     mesh = devices.make_mesh()
     with contextlib.closing(Checkpoints(workdir / "checkpoints", read_only=True)) as checkpoints:
         steps = checkpoints.steps
@@ -78,7 +79,7 @@ def open_run(workdir: Path, step: int | None = None) -> LoadedRun:
             raise UserError(f"{workdir} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}.")
         while True:
             try:
-                return _load(checkpoints, workdir, steps, step, pretrained, mesh)
+                return _load(checkpoints, workdir, steps, step, config.model.pretrained, mesh)
             except DamagedCheckpoint as damage:
                 if step is not None or len(steps) == 1 or jax.process_count() > 1:
                     raise
@@ -133,7 +134,7 @@ def base_params(metadata: Metadata) -> dict[str, np.ndarray]:
     UserError where they are gone or others.
     """
     source = metadata.config["model"]["pretrained"]
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))
     need = f"the run trained low-rank changes of the weights of {source!r} and needs these: put them there again, or "
     need += "start the training once with --config.model.pretrained=FOLDER, where they are now"
     try:

@@ -1,8 +1,8 @@
 """metrics.jsonl: a line for each logged step and each evaluation. It is a log: no resume needs it."""
 
-import json
-import math
 from pathlib import Path
+
+from vit_nabirds.config.json_files import parse_object
 
 
 def read_metrics(file: Path) -> list[dict]:
@@ -12,7 +12,7 @@ def read_metrics(file: Path) -> list[dict]:
 
 def split_metrics(file: Path) -> tuple[list[dict], list[bytes]]:
     """What can be read of its whole lines, and those that cannot be read."""
-    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
     parsed = [_parsed(line) for line in lines]
     values = [value for value in parsed if value is not None]
     return values, [line for line, value in zip(lines, parsed, strict=True) if value is None]
@@ -21,10 +21,8 @@ def split_metrics(file: Path) -> tuple[list[dict], list[bytes]]:
 def _parsed(line: bytes) -> dict | None:
     """An object with a step and numbers; None for anything else."""
     try:
-        value = json.loads(line)
-        if type(value["step"]) is not int or value["step"] < 0:
-            return None
-        numbers = [x for name, x in value.items() if "/" in name or name in ("epoch", "time")]
-        return value if all(type(x) in (int, float) and math.isfinite(x) for x in numbers) else None
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        value = parse_object(line)
+    except ValueError:
         return None
+    is_step = type(value.get("step")) is int and value["step"] >= 0
+    return value if is_step and all(type(x) in (int, float) and abs(x) < 1e300 for x in value.values()) else None

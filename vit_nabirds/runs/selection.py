@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import logging
+import re
 from pathlib import Path
 
 from vit_nabirds.config import Config
+from vit_nabirds.config.json_files import read_object
 from vit_nabirds.runs.files import crc32_of, write_json
 
 log = logging.getLogger("vit_nabirds")
@@ -16,6 +18,27 @@ PREDICTIONS = "predictions.parquet"  # what the selected checkpoint says of each
 def metric_of(config: Config) -> str | None:
     """The figure that selects; None without validation photographs: nothing is selected, the last checkpoint counts."""
     return f"val/{config.evaluate.select}" if config.data.validation else None
+
+
+# What is needed of an evaluation, and of the final scores.
+EVALUATION = {"val/loss", "val/accuracy", "val/mean_class_accuracy"}
+TEST = {"loss", "accuracy", "accuracy_interval", "top5_accuracy", "mean_class_accuracy", "examples"}
+
+
+def _by_step(content: object, needed: set[str]) -> dict[int, dict]:
+    """Figures by step, as they are written: numbers, and intervals of two. ValueError for anything else."""
+    if not isinstance(content, dict) or not all(re.fullmatch("[0-9]{1,15}", step) for step in content):
+        raise ValueError("its figures are not by step")
+    for figures in content.values():
+        if not isinstance(figures, dict) or not figures.keys() >= needed:
+            raise ValueError("it lacks figures")
+        for name, value in figures.items():
+            values = value if name.endswith("_interval") else [value]
+            if not isinstance(values, list) or len(values) != 1 + name.endswith("_interval"):
+                raise ValueError("an interval of it has not two ends")
+            if not all(type(x) in (int, float) and abs(x) < 1e300 for x in values):
+                raise ValueError("a figure of it is no number")
+    return {int(step): figures for step, figures in content.items()}
 
 
 @dataclasses.dataclass
@@ -34,19 +57,19 @@ class Selection:
         """Of a run that has checkpoints of these steps. Without the file, or with a damaged one, all are unknown."""
         file = workdir / "selection.json"
         try:
-            content = json.loads(file.read_text())
-            if content.pop("crc32") != crc32_of(content):
+            content = read_object(file)
+            if content.pop("crc32", None) != crc32_of(content):
                 raise ValueError("wrong checksum")
-            evaluations, tests = (
-                {int(step): figures for step, figures in content.get(name, {}).items()}
-                for name in ("evaluations", "tests")
-            )
+            evaluations = _by_step(content.get("evaluations", {}), EVALUATION)
+            tests = _by_step(content.get("tests", {}), TEST)
             if not (workdir / PREDICTIONS).exists():  # it is written with them
                 tests = {}
-            return cls(file, metric, evaluations, tests, [step for step in content["unknown"] if step in checkpoints])
+            if not isinstance(unknown := content.get("unknown"), list):
+                raise ValueError("it does not say which steps are unknown")
+            return cls(file, metric, evaluations, tests, [step for step in checkpoints if step in unknown])
         except FileNotFoundError:
             problem = "is missing"
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except ValueError as error:
             problem = f"is damaged ({error})"
         if checkpoints and metric:
             steps = ", ".join(map(str, checkpoints))

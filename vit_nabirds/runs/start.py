@@ -1,5 +1,6 @@
 """The weights that a run starts from: of a Hugging Face checkpoint, of another run, or none."""
 
+import os
 from pathlib import Path
 
 import jax
@@ -7,8 +8,10 @@ import jax
 from vit_nabirds.config import Config
 from vit_nabirds.config.fields import SHAPE
 from vit_nabirds.errors import ConfigError, UserError
+from vit_nabirds.models.limits import problem_of
 from vit_nabirds.models.normalization import Normalization
 from vit_nabirds.models.pretrained.checkpoint import Checkpoint, open_checkpoint
+from vit_nabirds.models.pretrained.hf_config import PARTS
 from vit_nabirds.parallel import devices
 from vit_nabirds.parallel.group import ProcessGroup
 from vit_nabirds.runs.checkpoints import base_checksum, sha256_of
@@ -22,8 +25,7 @@ def starting_point(config: Config, group: ProcessGroup) -> tuple[dict, Normaliza
         checkpoint = open_weights(wanted.pretrained, group)
         chosen = {"image_size": wanted.image_size or checkpoint.image_size}
         chosen["pool"] = wanted.pool or checkpoint.architecture["pool"]
-        if chosen["image_size"] % (patch_size := checkpoint.architecture["patch_size"]):
-            raise ConfigError(f"config.model.image_size is {chosen['image_size']}: choose a multiple of {patch_size}.")
+        _check_size(checkpoint.architecture | chosen)
         return checkpoint.architecture | chosen, checkpoint.normalization, checkpoint
     architecture = {field: getattr(wanted, field) for field in SHAPE}
     if missing := [field for field, value in architecture.items() if value is None]:
@@ -31,11 +33,15 @@ def starting_point(config: Config, group: ProcessGroup) -> tuple[dict, Normaliza
             f"config.model.{missing[0]} is not set: a model with random weights needs it (or name a checkpoint in "
             "config.model.pretrained)."
         )
-    for field, divisor in {"image_size": "patch_size", "hidden_size": "num_heads"}.items():
-        value, unit = architecture[field], architecture[divisor]
-        if value % unit:
-            raise ConfigError(f"config.model.{field} is {value}: choose a multiple of {divisor}, which is {unit}.")
+    _check_size(PARTS | architecture)
     return architecture | {"pool": wanted.pool or "cls"}, Normalization(), None
+
+
+def _check_size(architecture: dict) -> None:
+    """ConfigError for sizes that do not fit together, or that no transformer has."""
+    if problem := problem_of(architecture):
+        field, expected = problem
+        raise ConfigError(f"config.model.{field} is {architecture[field]}: choose {expected}.")
 
 
 def open_weights(name: str, group: ProcessGroup) -> Checkpoint:
@@ -43,7 +49,7 @@ def open_weights(name: str, group: ProcessGroup) -> Checkpoint:
 
     All processes of the group call this together. UserError for what is missing or does not fit.
     """
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if is_run(folder):
         run = open_run(folder)  # Orbax waits for all processes, so that none may go first
         shown = {"step": run.step, "data": run.metadata.fingerprint, "species": run.metadata.species}

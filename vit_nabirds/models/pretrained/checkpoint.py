@@ -1,19 +1,22 @@
 """A Hugging Face checkpoint (ViT, DINOv2, DINOv2 with registers) -> parameters of our model."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
 import numpy as np
 
-from vit_nabirds.errors import UserError
+from vit_nabirds.errors import UserError, quoted, visible
 from vit_nabirds.models.normalization import Normalization
 from vit_nabirds.models.pretrained import processor
 from vit_nabirds.models.pretrained.hf_config import architecture_of, read_config, read_json
 from vit_nabirds.models.pretrained.names import Row, check_tensors, mapping
 from vit_nabirds.models.pretrained.positions import resize_positions
 from vit_nabirds.models.pretrained.tensors import Tensor, read_tensors
+
+LONGEST_LABEL, MOST_LABELS = 1_000, 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +42,15 @@ class Checkpoint:
         old, new = _grids(self.architecture, architecture)
         for row in self._used(order):
             array = self.tensors[row.name].read()
-            if not np.isfinite(array).all():
-                raise UserError(f"{self.source}: the tensor {row.name!r} has values that are not finite.")
             if row.path.startswith("classifier/"):
                 array = array[order]
             elif row.path == "position_embeddings" and old != new:
                 array = resize_positions(array, new, antialias=architecture["num_registers"] > 0)
-            params[row.path] = place(row.to_ours(array))
+            with np.errstate(over="ignore"):
+                array = row.to_ours(array)
+            if not np.isfinite(array).all():  # of float32: float64 has larger ones
+                raise UserError(f"{self.source}: the tensor {row.name!r} has values that are not finite.")
+            params[row.path] = place(array)
         return params
 
     def account(self, architecture: dict, labels: list[str]) -> str:
@@ -57,7 +62,7 @@ class Checkpoint:
             f"weights of {self.source}\n  loaded   {len(used)} tensors ({dtypes})"
             f"\n  resized  {'none' if old == new else f'positions of {old} x {old} patches to {new} x {new}'}"
             f"\n  new      {'none' if order or not labels else 'the classifier'}"
-            f"\n  ignored  {', '.join(sorted(self.tensors.keys() - used)) or 'none'}"
+            f"\n  ignored  {', '.join(map(visible, sorted(self.tensors.keys() - used))) or 'none'}"
         )
 
     def _used(self, order: list[int]) -> list[Row]:
@@ -101,6 +106,8 @@ def open_checkpoint(name: str) -> Checkpoint:
 def _labels(hf: dict, tensors: dict[str, Tensor], file: Path) -> list[str]:
     if "classifier.weight" not in tensors:
         return []
+    if len(shape := tensors["classifier.weight"].shape) != 2 or not 0 < shape[0] <= MOST_LABELS:
+        raise UserError(f"{file.parent}: the tensor 'classifier.weight' has shape {shape}, which no classifier has.")
     rows = [str(row) for row in range(tensors["classifier.weight"].shape[0])]
     labels = hf.get("id2label", {row: f"LABEL_{row}" for row in rows})  # transformers leaves these names out
     if not isinstance(labels, dict) or labels.keys() != set(rows) or {type(x) for x in labels.values()} - {str}:
@@ -108,17 +115,19 @@ def _labels(hf: dict, tensors: dict[str, Tensor], file: Path) -> list[str]:
             f"{file}: the classifier has {len(rows)} rows, so id2label must give a label to each of 0 to "
             f"{len(rows) - 1}."
         )
-    return [labels[row] for row in rows]
+    if long := [row for row in rows if len(labels[row]) > LONGEST_LABEL]:
+        raise UserError(f"{file}: id2label gives {long[0]} a label of more than {LONGEST_LABEL} characters.")
+    return [visible(labels[row]) for row in rows]
 
 
 def find_checkpoint(name: str) -> Path:
     """The folder of a Hub id (ORG/MODEL or ORG/MODEL@REVISION, downloaded or cached) or of a local path."""
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         return folder
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(
-            f"there is no folder {name!r}: give the folder of a checkpoint, or a Hub id like "
+            f"there is no folder {quoted(name)}: give the folder of a checkpoint, or a Hub id like "
             "'google/vit-base-patch16-224' (with a revision: ID@REVISION)."
         )
     repository, _, revision = name.partition("@")
@@ -126,8 +135,9 @@ def find_checkpoint(name: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # each version of the Hub's client raises other types
+        reason = (str(error).splitlines() or ["?"])[0]
         raise UserError(
             f"the checkpoint {name!r} is not a local folder and could not be fetched from the Hugging Face Hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). On a node without internet, download it on a "
+            f"({type(error).__name__}: {reason}). On a node without internet, download it on a "
             f"login node first (`hf download {repository}`), or give its folder."
         ) from None

@@ -1,10 +1,11 @@
 """A Hugging Face config.json <-> the architecture of our model (ViT, DINOv2, DINOv2 with registers)."""
 
-import json
 import math
 from pathlib import Path
 
-from vit_nabirds.errors import UserError
+from vit_nabirds.config.json_files import read_object
+from vit_nabirds.errors import UserError, quoted
+from vit_nabirds.models.limits import problem_of
 
 # transformers leaves a field out of config.json if its value is the default of the model_type.
 _VIT = {
@@ -29,19 +30,17 @@ _SAME = {
     "hidden_size": "hidden_size", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads",
     "layer_norm_eps": "layer_norm_eps", "qkv_bias": "qkv_bias",
 }  # fmt: skip
+SANE = 10**9  # above any number that means something: what is computed of those below does not overflow
 
 
 def read_json(file: Path) -> dict:
     """The object in a JSON file of a checkpoint folder; UserError for anything else."""
     try:
-        content = json.loads(file.read_text())
+        return read_object(file)
     except FileNotFoundError:
         raise UserError(f"{file} is missing: is {file.parent} a Hugging Face checkpoint folder?") from None
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON: {error}.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} is not a JSON object.")
-    return content
 
 
 def read_config(folder: Path) -> dict:
@@ -51,17 +50,20 @@ def read_config(folder: Path) -> dict:
     if "model_type" not in hf and (folder / "checkpoints").is_dir():
         raise UserError(f"{folder} is the workdir of a run: give it as --workdir, or `export` the run first.")
     if not isinstance(model_type := hf.get("model_type"), str) or model_type not in DEFAULTS:
-        raise UserError(f"{file}: model_type is {model_type!r}; supported are {', '.join(DEFAULTS)}.")
+        raise UserError(f"{file}: model_type is {quoted(model_type)}; supported are {', '.join(DEFAULTS)}.")
     hf = DEFAULTS[model_type] | hf
     for field, expected in {"hidden_act": "gelu", "num_channels": 3}.items():
         if hf[field] != expected:
-            raise UserError(f"{file}: {field} is {hf[field]!r}; only {expected!r} is supported.")
+            raise UserError(f"{file}: {field} is {quoted(hf[field])}; only {expected!r} is supported.")
     for field, default in DEFAULTS[model_type].items():
         if not _is_like(hf[field], default, field):
-            raise UserError(f"{file}: {field} is {hf[field]!r}; expected a value like {default!r}.")
-    for field, divisor in {"image_size": "patch_size", "hidden_size": "num_attention_heads"}.items():
-        if hf[field] % hf[divisor]:
-            raise UserError(f"{file}: {field} {hf[field]} is not a multiple of {divisor} {hf[divisor]}.")
+            raise UserError(f"{file}: {field} is {quoted(hf[field])}; expected a value like {default!r}.")
+    if problem := problem_of(architecture_of(hf)):
+        ours, expected = problem
+        field = {ours: theirs for theirs, ours in _SAME.items()} | {"num_registers": "num_register_tokens"}
+        field = field.get(ours, "intermediate_size" if model_type == "vit" else "mlp_ratio")
+        expected = expected.replace("num_heads", "num_attention_heads")
+        raise UserError(f"{file}: {field} is {quoted(hf[field])}; expected {expected}.")
     return hf
 
 
@@ -71,7 +73,7 @@ def _is_like(value, default, field: str) -> bool:
         return type(value) is type(default)
     if not isinstance(value, (int, float) if isinstance(default, float) or field == "mlp_ratio" else int):
         return False
-    return field == "num_register_tokens" or 0 < value < math.inf
+    return (field == "num_register_tokens" or value > 0) and value < SANE
 
 
 def architecture_of(hf: dict) -> dict:

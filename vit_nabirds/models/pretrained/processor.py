@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from vit_nabirds.data.crops import fit
-from vit_nabirds.errors import UserError
-from vit_nabirds.models.normalization import Normalization
+from vit_nabirds.errors import UserError, quoted
+from vit_nabirds.models.limits import problem_of
+from vit_nabirds.models.normalization import RANGES, Normalization, are_valid
+from vit_nabirds.models.pretrained.hf_config import architecture_of
 
 # Fields of ours.
 PAD_TO_SQUARE = "vit_nabirds_pad_to_square"  # whether to fit the image into a black square first
@@ -19,25 +21,26 @@ def read_processor(processor: dict, hf: dict, file: Path) -> tuple[int, Normaliz
 
     def require(field: str, ok: bool, expected: str) -> None:
         if not ok:
-            raise UserError(f"{file}: {field} is {processor.get(field)!r}; {expected}.")
+            raise UserError(f"{file}: {field} is {quoted(processor.get(field))}; {expected}.")
 
     for field in ("do_resize", "do_rescale"):
         require(field, processor.get(field, True) is True, "only true is supported")
+    for field in ("do_normalize", "do_center_crop", PAD_TO_SQUARE):
+        require(field, processor.get(field) in (None, True, False), "expected true or false")
     factor = processor.get("rescale_factor", 1 / 255)
     require("rescale_factor", isinstance(factor, float) and abs(255 * factor - 1) < 1e-6, "only 1/255 is supported")
     field = "crop_size" if processor.get("do_center_crop") else "size"
     size = _square_side(processor.get(field, hf["image_size"]))
     require(field, size is not None, "expected a square")
-    require(field, size % hf["patch_size"] == 0, f"expected a multiple of the patch_size {hf['patch_size']}")
+    problem = problem_of(architecture_of(hf) | {"image_size": size})
+    require(field, problem is None, f"expected {problem and problem[1]}")
     if not processor.get("do_normalize", True):
         return size, Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    values = []
-    for field in ("image_mean", "image_std"):
-        value = processor.get(field, [0.5, 0.5, 0.5])
-        numbers = isinstance(value, list) and len(value) == 3 and all(isinstance(x, int | float) for x in value)
-        require(field, numbers and (field == "image_mean" or min(value) > 0), "expected three numbers")
-        values.append(tuple(value))
-    return size, Normalization(*values)
+    values = {}
+    for name, (least, most) in RANGES.items():
+        values[name] = value = processor.get(f"image_{name}", [0.5, 0.5, 0.5])
+        require(f"image_{name}", are_valid(name, value), f"expected three numbers from {least:g} to {most:g}")
+    return size, Normalization(**{name: tuple(value) for name, value in values.items()})
 
 
 def crop_of(processor: dict) -> str | None:
@@ -50,7 +53,7 @@ def _square_side(size) -> int | None:
     if isinstance(size, dict):
         height, width = (size.get("shortest_edge", size.get(side)) for side in ("height", "width"))
         size = height if height == width else None
-    return size if isinstance(size, int) and size > 0 else None
+    return size if type(size) is int and size > 0 else None
 
 
 def preprocessing(folder: Path, size: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -58,17 +61,30 @@ def preprocessing(folder: Path, size: int) -> Callable[[np.ndarray], np.ndarray]
     from transformers import AutoImageProcessor  # takes a second
 
     try:
-        processor = AutoImageProcessor.from_pretrained(folder, use_fast=False)
+        # Code in the folder is not run, and nobody is asked whether it may be.
+        processor = AutoImageProcessor.from_pretrained(folder, use_fast=False, trust_remote_code=False)
+        sizes = _sizes(processor, size)
     except Exception as error:  # transformers raises many types
-        raise UserError(f"{folder}: AutoImageProcessor says: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{folder}: AutoImageProcessor says: {(str(error).splitlines() or [repr(error)])[0]}") from None
+    options = sizes | {"return_tensors": "np", "input_data_format": "channels_last"}
+
+    def prepare(image: np.ndarray) -> np.ndarray:
+        pixels = processor(images=image, **options)["pixel_values"][0].transpose(1, 2, 0)
+        if pixels.shape != (size, size, 3) or not np.isfinite(pixels).all():
+            raise UserError(f"{folder}: its image processor makes no picture of {size} x {size} pixels.")
+        return pixels
+
+    return prepare
+
+
+def _sizes(processor, size: int) -> dict:
+    """What to tell an image processor of transformers, so that it makes pictures of this size."""
     square = {"height": size, "width": size}
     sizes = {"size": {"shortest_edge": size} if "shortest_edge" in processor.size else square}
     if crops := getattr(processor, "do_center_crop", False):
         sizes["crop_size"] = square
     own = processor.crop_size if crops else processor.size
-    sizes = {} if size in (own.get("height"), own.get("shortest_edge")) else sizes
-    options = sizes | {"return_tensors": "np", "input_data_format": "channels_last"}
-    return lambda image: processor(images=image, **options)["pixel_values"][0].transpose(1, 2, 0)
+    return {} if size in (own.get("height"), own.get("shortest_edge")) else sizes
 
 
 def padding_to_square(size: int, normalization: Normalization) -> Callable[[np.ndarray], np.ndarray]:
