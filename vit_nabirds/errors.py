@@ -86,3 +86,10 @@ def say(line: str) -> None:
     """Write a line to stderr, from any thread or signal handler. A reader that has gone must not stop the work."""
     with contextlib.suppress(OSError):
         os.write(2, line.encode(errors="surrogateescape") + b"\n")
+
+
+def quoted(text: object, most: int = 200) -> str:
+    """Foreign text for a message: at most `most` characters, those that steer a terminal or nobody sees as escapes."""
+    start = str(text)[: most + 1]
+    shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in start)
+    return shown if len(shown) <= most else shown[: most - 1] + "…"
