@@ -18,6 +18,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from vit_nabirds.data import jpeg
 from vit_nabirds.data.kinds import HEADER, JPEG, kind_of
+from vit_nabirds.errors import quoted
 
 MAX_PIXELS = 500_000_000
 Image.MAX_IMAGE_PIXELS = None  # `max_pixels` takes the place of Pillow's limit, which is of the whole process
@@ -322,7 +323,7 @@ def _refusing(kind: str) -> Iterator[None]:
         raise ValueError(f"a truncated or damaged {kind} (its header makes no sense)") from None
     except Exception as error:  # noqa: BLE001
         truncated = re.search("truncated|end of file|could not create decoder|only got", str(error), re.IGNORECASE)
-        raise ValueError(f"a {'truncated' if truncated else 'damaged'} {kind} ({error})") from None
+        raise ValueError(f"a {'truncated' if truncated else 'damaged'} {kind} ({quoted(error)})") from None
 
 
 def _refuse_blank_end(data: bytes, kind: str) -> None:
