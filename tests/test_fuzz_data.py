@@ -402,9 +402,9 @@ def lay_out(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
-def use(root: Path) -> None:
+def use(root: Path, label: str = "species", validation: float = 0) -> None:
     """What a training does with a prepared folder."""
-    table = read_table(root, random.choice(("species", "category")), random.choice((0, 0.5)))
+    table = read_table(root, label, validation)
     labels = table["label"]
     assert sorted(set(labels)) == list(range(labels.n_unique()))
     assert left_out_of(root) >= 0
@@ -412,7 +412,8 @@ def use(root: Path) -> None:
     taxonomy = read_taxonomy(root, table)
     assert taxonomy is None or len(taxonomy.ancestors) == len(taxonomy.depths) == labels.n_unique()
     for split in ("train", "validation", "test"):
-        photographs = survives(open_split, root, table, split)
+        chosen = table.with_columns(split=pl.lit(split)) if split == "validation" else table
+        photographs = survives(open_split, root, chosen, split)
         for index in range(len(photographs or ())):
             survives(photographs.read, index, np.empty((photographs.size, photographs.size, 3), np.uint8))
 
@@ -431,7 +432,8 @@ def test_a_prepared_folder(place, birds, data):
         files[part] = changed_bytes(files[part], data.draw(SEED))
     else:
         files[part] = data.draw(changed_text(files[part].decode()))
-    survives(use, lay_out(emptied(place), files))
+    how = data.draw(st.sampled_from([("species", 0), ("species", 0), ("category", 0), ("species", 0.5)]))
+    survives(use, lay_out(emptied(place), files), *how)
 
 
 @fuzz

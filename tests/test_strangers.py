@@ -159,6 +159,7 @@ WRONG = {
     "is_training_img": (pl.Series([0.9, 1, 0, 0]), "is_training_img has fractions"),
     "path": (pl.Series(["../../etc/passwd", "b", "c", "d"]), r"row 0 (../../etc/passwd) has a path that leads out"),
     "crc32": (pl.Series([None, 1, 2, 3], dtype=pl.UInt32), "row 0 (a/1.jpg) has no crc32"),
+    "source": (pl.Series([None, "b", "c", "d"]), "row 0 (a/1.jpg) has an empty source"),
     "bird_x": (pl.Series([-1] * 4), "a bird outside of its image"),
     "bird_width": (pl.Series([2**31 - 1] * 4), "a bird outside of its image"),
     "bird_height": (pl.Series([0] * 4), "a bird outside of its image"),
@@ -176,6 +177,12 @@ def test_wrong_values_of_metadata_are_named(tmp_path, name):
         open_split(tmp_path / "out", table.with_columns(split=pl.lit("validation")), "validation")
 
     assert message in message_of(use)
+
+
+def test_a_part_of_a_birds_place_is_no_place(tmp_path):
+    file = prepared(tmp_path) / "metadata.parquet"
+    pl.read_parquet(file).drop("bird_height").write_parquet(file)
+    assert "metadata.parquet has no column 'bird_height'" in message_of(read_table, tmp_path / "out")
 
 
 def test_rows_without_bytes_are_not_read(tmp_path, monkeypatch):

@@ -39,7 +39,8 @@ def read_table(root: Path, label: str = "species", validation: float = 0.0) -> p
         present = pl.read_parquet_schema(file).keys()
     except PARQUET_ERRORS as error:
         raise UserError(f"{file} is not a readable Parquet file ({quoted(error)}): prepare the folder again.") from None
-    if missing := [name for name in COLUMNS if name not in present]:
+    needed = COLUMNS + (BIRD if present & set(BIRD) else ())
+    if missing := [name for name in needed if name not in present]:
         columns = quoted(", ".join(present))
         raise UserError(f"{file} has no column {missing[0]!r} (its columns: {columns}): prepare the folder again.")
     if CLASSES[label] not in present:
@@ -83,10 +84,9 @@ def _cleaned(names: pl.Series) -> pl.Series:
 
 def _check(table: pl.DataFrame, file: Path) -> None:
     """UserError for the first row that cannot be right."""
-    wrong = {f"an empty {name}": pl.col(name).fill_null("") == "" for name in ("path", "species_name")}
+    names = [name for name in ("path", "species_name", "source", "subcategory") if name in table.columns]
+    wrong = {f"an empty {name}": pl.col(name).fill_null("") == "" for name in names}
     wrong["an empty photographer"] = pl.col("photographer") == ""  # null: unknown
-    if "subcategory" in table.columns:
-        wrong["an empty subcategory"] = pl.col("subcategory").fill_null("") == ""
     wrong["is_training_img other than 0 and 1"] = ~pl.col("is_training_img").is_in([0, 1]).fill_null(False)
     wrong["a path that leads out of its folder"] = pl.col("path").str.contains(r"^/|(^|/)\.\.(/|$)|\x00")
     known = [name for name in KNOWN if name in table.columns]
