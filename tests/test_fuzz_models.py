@@ -30,7 +30,7 @@ from vit_nabirds.config.fields import default, fields, flat, with_defaults
 from vit_nabirds.config.json_files import read_object
 from vit_nabirds.config.path_rules import PathRules
 from vit_nabirds.config.plan import Plan
-from vit_nabirds.errors import LONGEST, ConfigError, UserError, message_of, quoted, visible
+from vit_nabirds.errors import LONGEST, ConfigError, UserError, message_of, shown, visible
 from vit_nabirds.models.limits import problem_of
 from vit_nabirds.models.normalization import RANGES
 from vit_nabirds.models.pretrained.checkpoint import open_checkpoint
@@ -134,7 +134,7 @@ def another(folder: Path, **contents: bytes):
 @example(10**5000, 200)
 @example({"a": [{"b": "x" * 10_000}]}, 200)
 def test_what_is_quoted_is_short_and_visible(value, most):
-    text = quoted(value, most)
+    text = shown(value, most)
     assert len(text) <= most
     text.encode()
     assert not [c for c in text if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")]

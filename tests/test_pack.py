@@ -224,12 +224,12 @@ DAMAGES = {
     "no .npy": (rewrite("train.npy", lambda data: b"hello" + data), r"train.npy cannot be read "),
     "header": (rewrite("train.npy", lambda data: data.replace(b")", b"(", 1)), r"train.npy cannot be read "),
     "empty": (rewrite("train.npy", lambda _: b""), r"train.npy cannot be read "),
-    "type": (save(np.zeros((48, 20, 20, 3), np.int8)), r"train.npy cannot be read \(it holds int8 "),
+    "type": (save(np.zeros((48, 20, 20, 3), np.int8)), r"train.npy cannot be read \(its header is not that of a pack"),
     "not images": (
         save(np.zeros((48, 20, 10, 3), np.uint8)),
-        r"train.npy cannot be read \(it holds uint8 \(48, 20, 10, 3\), not",
+        r"train.npy cannot be read \(it holds 48 images of 20 x 10, not",
     ),
-    "count": (save(np.zeros((47, 20, 20, 3), np.uint8)), r"it holds uint8 \(47, 20, 20, 3\), not 48 square images"),
+    "count": (save(np.zeros((47, 20, 20, 3), np.uint8)), r"it holds 47 images of 20 x 20, not 48 square ones"),
     "truncated": (
         rewrite("train.npy", lambda data: data[:-1]),
         r"train.npy cannot be read \(it has 57727 bytes, not 57728",

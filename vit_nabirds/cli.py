@@ -14,7 +14,7 @@ from types import ModuleType
 from absl import flags
 from absl import logging as absl_logging
 
-from vit_nabirds.errors import ConfigError, UserError, quoted, say, visible
+from vit_nabirds.errors import ConfigError, UserError, say, shown, visible
 from vit_nabirds.parallel import launchers
 from vit_nabirds.parallel.group import ProcessGroup
 from vit_nabirds.parallel.preemption import EXIT_STOPPED, SIGNALS
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
             return _show(overview())
         name, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("train", argv)
         if name not in COMMANDS:
-            raise ConfigError(f"there is no command {quoted(name)}: it is one of {', '.join(COMMANDS)}, help")
+            raise ConfigError(f"there is no command {shown(name)}: it is one of {', '.join(COMMANDS)}, help")
         command = importlib.import_module(f"vit_nabirds.commands.{name}")
         if HELP & set(argv):
             return _show(help_of(name, command))
@@ -97,7 +97,7 @@ def parse(name: str, command: ModuleType, argv: list[str]) -> flags.FlagValues:
     try:
         rest = values([name, *argv])
         if len(rest) > 1:
-            raise ConfigError(f"unexpected argument {quoted(rest[1])}")
+            raise ConfigError(f"unexpected argument {shown(rest[1])}")
         if "config" in values:
             values.config.lock()  # raises what went wrong when the file was loaded
     except flags.UnrecognizedFlagError as error:

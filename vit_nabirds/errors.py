@@ -94,23 +94,28 @@ def say(line: str) -> None:
         os.write(2, visible(line, keep="\n\t").encode() + b"\n")
 
 
-# What moves a cursor, turns text around or is no character at all: Unicode's controls (Cc), its marks of direction, its
-# separators of lines, and half characters, which cannot be written.
-_INVISIBLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 LONGEST = 4000  # characters of a message
 
 
 def visible(text: str, keep: str = "") -> str:
-    """The text as a terminal may be given it: "\\x1b" for the character, except for those to keep."""
-    return _INVISIBLE.sub(lambda found: found[0] if found[0] in keep else repr(found[0])[1:-1], text)
+    """The text as a terminal may be given it: "\\x1b" for a control, a mark of direction and the like."""
+    return "".join(char if char.isprintable() or char in keep else repr(char)[1:-1] for char in text)
 
 
-def quoted(text: object, most: int = 200) -> str:
+def shown(value: object, most: int = 200) -> str:
     """What others have written, as `repr` shows it: at most so many characters, none of them invisible."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = most
     try:
-        shown = visible(short.repr(text))
+        return _shortened(visible(short.repr(value)), most)
     except ValueError:  # Python does not write a number of more than 4,300 digits
-        shown = "a number of thousands of digits"
-    return shown if len(shown) <= most else shown[: most - 1] + "…"
+        return "a number of thousands of digits"
+
+
+def quoted(text: object, most: int = 200) -> str:
+    """The same of text, as it is."""
+    return _shortened(visible(str(text)[: most + 1]), most)
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"

@@ -3,6 +3,7 @@
 import collections
 import json
 import logging
+import math
 import os
 import stat
 import tempfile
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from vit_nabirds.data.kinds import HEADER, kind_of
-from vit_nabirds.errors import ConfigError, UserError
+from vit_nabirds.errors import ConfigError, UserError, quoted
 
 log = logging.getLogger("vit_nabirds")
 
@@ -26,7 +27,11 @@ FLAGS = {
         "File with boxes, to crop to each: bounding_boxes.txt, .csv, or .json of COCO or MegaDetector (animals of "
         "confidence 0.2 or more).",
     ),
-    "out": (str, "File to write, .csv, .jsonl or .parquet: a row for each photograph (with --boxes: box) and rank."),
+    "out": (
+        str,
+        "File to write, .csv (a single quote stands before what a spreadsheet would run), .jsonl or .parquet: a row "
+        "for each photograph (with --boxes: box) and rank.",
+    ),
     "topk": (5, "Species to name for each photograph or box."),
     "max_pixels": (500_000_000, "Largest photograph to decode, in pixels."),
 }
@@ -109,7 +114,8 @@ def find_images(path: Path) -> list[Path]:
             others[other] += 1
         else:
             images.append(file)
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in others.most_common())
+    kinds = ", ".join(f"{count:,} {quoted(kind, 40)}" for kind, count in others.most_common(20))
+    kinds += f" and {len(others) - 20:,} other kinds" * (len(others) > 20)
     if not images:
         raise UserError(f"--images={path}: there is no picture in it ({kinds or 'no file at all'}).")
     if kinds:
@@ -165,6 +171,7 @@ def write_rows(answers: Iterable[dict], file: Path) -> tuple[int, int]:
                 row["box"] = " ".join(str(round(side)) for side in answer["box"])
             rows = [row | {"problem": answer["problem"]}] if answer["problem"] else []
             for rank, (species, probability) in enumerate(zip(answer["species"], answer["probability"], strict=True)):
+                probability = probability if math.isfinite(probability) else None  # JSON has no NaN
                 rows.append(row | {"rank": rank + 1, "species": species, "probability": probability})
             opened.writelines(json.dumps(dict.fromkeys(COLUMNS) | row) + "\n" for row in rows)
             named, problems = named + (not answer["problem"]), problems + bool(answer["problem"])
@@ -172,11 +179,17 @@ def write_rows(answers: Iterable[dict], file: Path) -> tuple[int, int]:
 
 
 def write_table(rows: Path, suffix: str) -> Path:
-    """JSON lines -> a .csv or .parquet file beside them."""
+    """JSON lines -> a .csv or .parquet file beside them. In a .csv, a single quote stands before text that a
+    spreadsheet would take for a formula."""
     import polars as pl
+
+    from vit_nabirds.data.foreign import without_formulas
 
     types = (pl.String, pl.String, pl.Int32, pl.String, pl.Float32, pl.String)
     table = pl.scan_ndjson(rows, schema=dict(zip(COLUMNS, types, strict=True)))
     file = rows.with_name("table")
-    table.sink_csv(file) if suffix == ".csv" else table.sink_parquet(file)
+    if suffix == ".csv":
+        table.with_columns(without_formulas(pl.col("file", "species", "problem"))).sink_csv(file)
+    else:
+        table.sink_parquet(file)
     return file

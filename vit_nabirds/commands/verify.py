@@ -4,7 +4,7 @@ import logging
 import random
 from pathlib import Path
 
-from vit_nabirds.errors import ConfigError, UserError
+from vit_nabirds.errors import ConfigError, UserError, quoted
 
 log = logging.getLogger("vit_nabirds")
 
@@ -53,7 +53,7 @@ def verify(name: str, images: list[str], figure: Path | None, tolerance: float) 
     captions = []
     for image, *both in zip(images or ["a drawn bird"], theirs, ours, strict=True):
         print(image)
-        best = [top5(logits, checkpoint.labels) for logits in both]
+        best = [[(quoted(label), p) for label, p in top5(logits, checkpoint.labels)] for logits in both]
         for (label, p), (our_label, our_p) in zip(*best, strict=True):
             print(f"  {p:.4f} {label:40.40} {our_p:.4f} {our_label:.40}")
         for title, answers in zip(("reference", "ours"), best, strict=True):
@@ -79,5 +79,5 @@ def read_pictures(images: list[str]) -> list:
         try:
             pictures.append(open_picture(image).read())
         except Exception as error:  # a damaged file makes a decoder raise anything
-            raise UserError(f"--image={image} cannot be read: {error}") from None
+            raise UserError(f"--image={image} cannot be read: {quoted(error)}") from None
     return pictures or [open_picture(draw_bird(PLUMAGES[0], 640, 480, random.Random(0))[0]).read()]

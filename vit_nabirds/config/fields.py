@@ -11,7 +11,7 @@ from ml_collections import config_dict
 
 from vit_nabirds.config.durations import CLOCK, STEPS, Duration, StepRange
 from vit_nabirds.config.path_rules import PathRules
-from vit_nabirds.errors import ConfigError, quoted
+from vit_nabirds.errors import ConfigError, shown
 
 
 class Check(NamedTuple):
@@ -347,7 +347,7 @@ def check_names(values: Mapping) -> None:
     """ConfigError for a dotted name that no field has."""
     if unknown := sorted(values.keys() - {name for name, _ in fields()}):
         raise ConfigError(
-            f"the configuration has the unknown field {quoted(unknown[0])}: `train --help` lists them all."
+            f"the configuration has the unknown field {shown(unknown[0])}: `train --help` lists them all."
         )
 
 
@@ -430,7 +430,7 @@ def _checked(name: str, value: Any, field: dataclasses.Field) -> Any:
                 return parsed
     except (TypeError, ValueError, OverflowError):
         pass
-    raise ConfigError(f"config.{name} is {quoted(value)}: it must be {expected_of(field)}.")
+    raise ConfigError(f"config.{name} is {shown(value)}: it must be {expected_of(field)}.")
 
 
 class Kind(NamedTuple):

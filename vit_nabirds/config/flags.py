@@ -4,7 +4,7 @@ import difflib
 import re
 
 from vit_nabirds.config.fields import default, expected_of, fields, flat
-from vit_nabirds.errors import quoted
+from vit_nabirds.errors import shown
 
 # What other programs call our fields.
 ALIASES = {
@@ -49,7 +49,7 @@ def explain_value(message: str) -> str | None:
     wrong = re.match(r"flag --config\.([\w.]+)=(.*?): ", message, re.DOTALL)
     if wrong is None:
         return None
-    known, start = dict(fields()), f"config.{wrong[1]} is {quoted(wrong[2])}"
+    known, start = dict(fields()), f"config.{wrong[1]} is {shown(wrong[2])}"
     if wrong[1] in known:
         return f"{start}: it must be {expected_of(known[wrong[1]])}."
     examples = [name for name in known if name.startswith(f"{wrong[1]}.")]

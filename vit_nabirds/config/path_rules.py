@@ -5,7 +5,7 @@ import math
 import re
 from typing import NamedTuple, Self
 
-from vit_nabirds.errors import ConfigError, quoted
+from vit_nabirds.errors import ConfigError, shown
 
 
 class PathRule(NamedTuple):
@@ -50,6 +50,6 @@ def _rule(text: str) -> PathRule:
     except (re.error, ValueError, OverflowError, RecursionError):
         pass
     raise ConfigError(
-        f"config.optimizer.rules has {quoted(text)}: each rule is a regular expression without spaces, then "
+        f"config.optimizer.rules has {shown(text)}: each rule is a regular expression without spaces, then "
         "lr=NUMBER above 0, wd=NUMBER of 0 or more, or both, or the word frozen; a semicolon separates two rules."
     )

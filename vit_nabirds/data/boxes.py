@@ -17,11 +17,15 @@ from typing import NamedTuple
 from vit_nabirds.data.archives.listing import BOX
 from vit_nabirds.data.archives.tables import CORNERS, NAMES
 from vit_nabirds.data.crops import Box
+from vit_nabirds.data.foreign import read_text
 from vit_nabirds.data.pictures import Picture
-from vit_nabirds.errors import ConfigError, UserError
+from vit_nabirds.errors import ConfigError, UserError, quoted
 
 MIN_CONFIDENCE = 0.2  # of MegaDetector's animals: the threshold that its authors suggest for version 5
 FILE_COLUMNS, BOX_COLUMNS = NAMES["source"], (BOX, CORNERS, ["x", "y", "width", "height"])
+
+# What `float` takes of text, but no digits of other scripts and no underscores between them.
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
 Size = tuple[int, int]  # width, height
 
@@ -75,7 +79,7 @@ class BoxFinder:
         stated = read_boxes(file)
         self.file, names = file, match(photographs, root, stated)
         if not any(name in stated for name in names.values()):
-            example = f", such as {next(iter(stated))!r}," if stated else ""
+            example = f", such as '{quoted(next(iter(stated)))}'," if stated else ""
             raise UserError(
                 f"{file}: none of its {len(stated):,} files{example} is among the {len(photographs):,} photographs in "
                 f"{root}. Give the folder to which its paths are relative."
@@ -128,7 +132,7 @@ def match(photographs: list[Path], root: Path, names: Collection[str]) -> dict[P
         if name is None or name in taken:
             loose[file] = NO_BOX
         elif users[name] > 1:
-            loose[file] = f"{users[name]} photographs may be the {name!r}"
+            loose[file] = f"{users[name]} photographs may be the '{quoted(name)}'"
     return exact | loose
 
 
@@ -168,14 +172,14 @@ def _read_lines(file: Path) -> Iterator[Row]:
     names, sizes, beside = {}, {}, file.with_name("sizes.txt")
     for where, (key, name) in _lines(file.with_name("images.txt"), "<id> <path>"):
         if names.setdefault(key, name) != name:
-            raise UserError(f"{where}: id {key!r} is that of {names[key]} too. Correct one of them.")
+            raise UserError(f"{where}: id '{quoted(key)}' is that of {quoted(names[key])} too. Correct one of them.")
     for where, (key, *size) in _lines(beside, form := "<id> <width> <height>") if beside.exists() else ():
         with _expecting(form, where):
             sizes[key] = _sizes(*size)
     yield from ((name, NO_BOX) for name in names.values())
     for where, (key, *numbers) in _lines(file, form := "<id> <x> <y> <width> <height>"):
         if key not in names:
-            raise UserError(f"{where}: id {key!r} is not in images.txt. Correct one of them.")
+            raise UserError(f"{where}: id '{quoted(key)}' is not in images.txt. Correct one of them.")
         with _expecting(form, where):
             box = StatedBox(_box(numbers), sizes.get(key))
         yield names[key], box
@@ -201,13 +205,13 @@ def _read_table(file: Path) -> Iterator[Row]:
         columns = reader.fieldnames = [re.sub(r"[\s-]+", "_", name.strip().lower()) for name in reader.fieldnames or []]
         rows = [(reader.line_num, row) for row in reader]
     except csv.Error as error:
-        raise UserError(f"{file}, row {reader.line_num}: {error}. Correct it.") from None
+        raise UserError(f"{file}, row {reader.line_num}: {quoted(error)}. Correct it.") from None
     path = next((name for name in FILE_COLUMNS if name in columns), None)
     box = next((names for names in BOX_COLUMNS if set(names) <= set(columns)), None)
     if not path or not box:
         raise UserError(
-            f"{file}: its columns are {', '.join(columns) or 'none'}; expected {', '.join(FILE_COLUMNS[:-1])} or "
-            f"{FILE_COLUMNS[-1]}, and {' or '.join(', '.join(names) for names in BOX_COLUMNS)}."
+            f"{file}: its columns are {quoted(', '.join(columns)) or 'none'}; expected {', '.join(FILE_COLUMNS[:-1])} "
+            f"or {FILE_COLUMNS[-1]}, and {' or '.join(', '.join(names) for names in BOX_COLUMNS)}."
         )
     size = [name for name in ("width", "height") if name in columns and name not in box]
     for number, row in rows:
@@ -227,7 +231,7 @@ def _read_json(file: Path) -> Iterator[Row]:
     try:
         content = json.loads(_text(file))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not JSON ({error}). Write it again.") from None
+        raise UserError(f"{file}: not JSON ({quoted(error)}). Write it again.") from None
     images = content.get("images") if isinstance(content, dict) else None
     if isinstance(images, list) and isinstance(content.get("annotations"), list):
         return _read_coco(file, content)
@@ -252,7 +256,7 @@ def _read_coco(file: Path, content: dict) -> Iterator[Row]:
             image, numbers = annotation["image_id"], annotation.get("bbox")
             box = _box(numbers) if numbers and not annotation.get("iscrowd") else None
             if image not in images:
-                raise UserError(f"{where}.image_id: no image has the id {image!r}. Correct it.")
+                raise UserError(f"{where}.image_id: no image has the id {quoted(image)}. Correct it.")
         if box:
             name, sizes = images[image]
             yield name, StatedBox(box, sizes)
@@ -267,11 +271,13 @@ def _read_megadetector(file: Path, content: dict) -> Iterator[Row]:
         with _expecting('{"file": "…", "detections": […], …}', where):
             name, failure, detections = _name(image["file"]), image.get("failure"), image.get("detections") or []
             detections = dict(enumerate(detections))
-        yield name, f"the failure {failure!r}" if failure else NO_ANIMAL
+            if failure and not isinstance(failure, str):
+                raise ValueError
+        yield name, f"the failure '{quoted(failure)}'" if failure else NO_ANIMAL
         for j, detection in detections.items():
             form = '{"category": "1", "conf": 0.9, "bbox": [x, y, width, height], in shares of the picture}'
             with _expecting(form, f"{where}.detections[{j}]"):
-                wanted = detection["category"] in animals and detection["conf"] >= MIN_CONFIDENCE
+                wanted = detection["category"] in animals and _number(detection["conf"]) >= MIN_CONFIDENCE
                 box = _box(detection["bbox"], most=1.01)
             if wanted:
                 yield name, StatedBox(box, relative=True)
@@ -279,15 +285,25 @@ def _read_megadetector(file: Path, content: dict) -> Iterator[Row]:
 
 def _box(values: Iterable, most: float = math.inf) -> Box:
     """Four numbers up to `most`."""
-    left, top, width, height = box = tuple(float(value) for value in values)
-    if not all(math.isfinite(number) and number <= most for number in box):
+    left, top, width, height = box = tuple(_number(value) for value in values)
+    if max(box) > most:
         raise ValueError
     return left, top, width, height
 
 
 def _sizes(width: object, height: object) -> Size | None:
-    sizes = (int(float(width)), int(float(height))) if width and height else (0, 0)
+    sizes = (int(_number(width)), int(_number(height))) if width and height else (0, 0)
     return sizes if min(sizes) > 0 else None
+
+
+def _number(value: object) -> float:
+    """Of text or JSON; ValueError for one that no picture has."""
+    if isinstance(value, bool) or isinstance(value, str) and not _NUMBER.fullmatch(value):
+        raise ValueError
+    number = float(value)
+    if not abs(number) < 1e9:
+        raise ValueError
+    return number
 
 
 def _name(name: object) -> str:
@@ -306,9 +322,9 @@ def _expecting(form: str, where: str) -> Iterator[None]:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return read_text(file)
     except FileNotFoundError:
         beside = " A bounding_boxes.txt needs it beside it." if file.name == "images.txt" else ""
         raise UserError(f"{file}: there is no such file.{beside}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read as UTF-8 text: {error}") from None
+        raise UserError(f"{file} cannot be read as UTF-8 text: {quoted(error)}") from None

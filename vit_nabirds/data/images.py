@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import stat
 import zlib
 from pathlib import Path
@@ -10,14 +11,24 @@ import numpy as np
 import polars as pl
 import simplejpeg
 
+from vit_nabirds.data.foreign import leads_out, read_parquet
 from vit_nabirds.data.kinds import JPEG
 from vit_nabirds.data.pictures import open_picture
 from vit_nabirds.data.table import PARQUET_ERRORS, PREPARED, read_prepared, settings_of
-from vit_nabirds.errors import UserError
+from vit_nabirds.errors import UserError, quoted
 
 # The files in packed/. The index is written last: a pack with an index is complete.
 PACK_INDEX, PACK_FILES = "index.parquet", {True: "train.npy", False: "test.npy"}
+# What NumPy writes before such images. Its own reader would evaluate a stranger's header as Python.
+PACK_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '\|u1', 'fortran_order': False, "
+    rb"'shape': \(([0-9]{1,9}), ([0-9]{1,5}), ([0-9]{1,5}), 3\), \} *\n",
+    re.DOTALL,
+)
 PACK_COLUMNS = {"path": pl.String, "is_training_img": pl.Boolean, "crc32": pl.UInt32}
+
+
+MAX_SIDE = 2**14  # of a prepared image in pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +47,8 @@ class ImageFiles:
             status = os.stat(file)
             if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
                 raise ValueError("it is no regular file")
+            if leads_out(self.folder, self.paths[int(index)]):
+                raise ValueError(f"it leads out of {self.folder} through a link")
             if status.st_size > 2**16 + 16 * out.size:
                 raise ValueError(f"it has {status.st_size:,} bytes, too many for {self.size} x {self.size} pixels")
             data = file.read_bytes()
@@ -47,12 +60,14 @@ class ImageFiles:
                 return
             image = open_picture(data).read()
         except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise UserError(f"{file} cannot be read ({reason}): run `main.py prepare` again to mend it.") from None
+            reason = error.strerror if isinstance(error, OSError) else quoted(error)
+            raise UserError(
+                f"{quoted(file, 1000)} cannot be read ({reason}): run `main.py prepare` again to mend it."
+            ) from None
         if image.shape != out.shape:
             raise UserError(
-                f"{file} is {image.shape[:2]} px, unlike the other images of its split ({self.size} x {self.size}): "
-                "prepare the folder again."
+                f"{quoted(file, 1000)} is {image.shape[:2]} px, unlike the other images of its split ({self.size} x "
+                f"{self.size}): prepare the folder again."
             )
         out[:] = image
 
@@ -67,16 +82,19 @@ class PackedImages:
         self.file, self.folder, self.paths, self.crc32 = file, file.parent, paths, crc32
         self.checked = np.zeros(len(paths), bool)
         try:
-            self.opened = open(file, "rb", buffering=0)
-            np.lib.format.read_magic(self.opened)
-            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(self.opened)
-            self.offset, self.size, length = self.opened.tell(), shape[1], os.fstat(self.opened.fileno()).st_size
+            # Without waiting for the other end of a pipe.
+            self.opened = open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0)
+            header = PACK_HEADER.match(self.opened.read(256) or b"")
+            if not header:
+                raise ValueError("its header is not that of a pack")
+            count, self.size, width = map(int, header.groups())
+            if (count, self.size) != (len(paths), width):
+                raise ValueError(f"it holds {count} images of {self.size} x {width}, not {len(paths)} square ones")
+            self.offset, length = header.end(), os.fstat(self.opened.fileno()).st_size
             self.image_bytes = 3 * self.size**2
-            if dtype != np.uint8 or fortran_order or shape != (len(paths), self.size, self.size, 3):
-                raise ValueError(f"it holds {dtype} {shape}, not {len(paths)} square images of uint8")
             if length != (expected := self.offset + len(paths) * self.image_bytes):
                 raise ValueError(f"it has {length} bytes, not {expected}")
-        except Exception as error:  # NumPy evaluates the header, and a damaged one raises anything
+        except (OSError, ValueError) as error:
             raise _pack_error(file, f"cannot be read ({error})") from None
 
     def __reduce__(self):
@@ -89,10 +107,10 @@ class PackedImages:
         except OSError as error:
             raise _pack_error(self.file, f"cannot be read ({error})") from None
         if count != self.image_bytes:
-            raise _pack_error(self.file, f"ends inside the image of {self.paths[int(index)]}")
+            raise _pack_error(self.file, f"ends inside the image of {quoted(self.paths[int(index)])}")
         if not self.checked[index]:
             if zlib.crc32(out) != self.crc32[index]:
-                path = self.paths[int(index)]
+                path = quoted(self.paths[int(index)])
                 raise _pack_error(self.file, f"is damaged: the image of {path} is not what was written")
             self.checked[index] = True
 
@@ -108,9 +126,11 @@ def open_images(root: Path, table: pl.DataFrame, train: bool, ignore_pack: bool 
     if ignore_pack or not file.exists():
         return _open_files(root, table, train)
     try:
-        index, metadata = pl.read_parquet(file, schema=PACK_COLUMNS), pl.read_parquet_metadata(file)
+        index, metadata = read_parquet(file, schema=PACK_COLUMNS), pl.read_parquet_metadata(file)
     except PARQUET_ERRORS as error:
-        raise _pack_error(file, f"is not a readable Parquet file with {', '.join(PACK_COLUMNS)} ({error})") from None
+        raise _pack_error(
+            file, f"is not a readable Parquet file with {', '.join(PACK_COLUMNS)} ({quoted(error)})"
+        ) from None
     index = index.filter(pl.col("is_training_img") == train)
     if not index["path"].equals(table["path"]):
         raise _pack_error(file, f"does not list the {'training' if train else 'test'} images of metadata.parquet")
@@ -125,14 +145,20 @@ def _open_files(root: Path, table: pl.DataFrame, train: bool) -> ImageFiles:
     if size is None:  # the course's folder: its first image has the size of all
         file = folder / table["path"][0]
         try:
+            if leads_out(folder, table["path"][0]) or not file.is_file():  # a pipe would be waited for
+                raise ValueError(f"it is no regular file in {folder}")
             width, height = open_picture(file).size
         except (OSError, ValueError) as error:
-            raise UserError(f"{file} cannot be read ({error}): prepare the folder again.") from None
+            raise UserError(
+                f"{quoted(file, 1000)} cannot be read ({quoted(error)}): prepare the folder again."
+            ) from None
         if width != height:
-            raise UserError(f"{file} is {width} x {height} px: prepared images are square; run `main.py prepare`.")
+            raise UserError(
+                f"{quoted(file, 1000)} is {width} x {height} px: prepared images are square; run `main.py prepare`."
+            )
         size = width
-    if not isinstance(size, int) or size < 1:
-        raise UserError(f"{root / PREPARED} has {setting} {size!r}: prepare the folder again.")
+    if type(size) is not int or not 1 <= size <= MAX_SIDE:
+        raise UserError(f"{root / PREPARED} has {setting} {quoted(size)}: prepare the folder again.")
     crc32 = table["crc32"].to_numpy() if "crc32" in table.columns else None
     return ImageFiles(folder, table["path"], size, crc32)
 

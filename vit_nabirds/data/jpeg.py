@@ -30,6 +30,7 @@ _BARE = frozenset((0x00, 0x01, *range(0xD0, 0xD9)))  # no length and no content 
 _UNKNOWN = frozenset((*range(0x02, 0xC0), 0xC8, *range(0xF0, 0xFE)))
 _AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _SPARE = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
+_MOST_SCANS = 100  # each takes as long as the picture has pixels, and may be of few bytes
 _RESTART = re.compile(rb"\xff[\xd0-\xd7]")
 
 
@@ -117,12 +118,15 @@ def _decode_unusual_sampling(file: bytes) -> np.ndarray:
 
 def _has_all_scans(file: bytes, header: Header) -> bool:
     """Whether each coefficient of each component comes in some scan, down to its last bit."""
+    scans, _ = _scans(file, header)
+    if len(scans) > _MOST_SCANS:
+        raise ValueError(f"a JPEG with {len(scans):,} scans, more than any program writes")
     first, components = header.segments[-1], header.frame[9]
     progressive = header.frame[1] in _PROGRESSIVE
     if not progressive and file[first[1] + 4] == components:
         return True
     missing = {header.frame[10 + 3 * i]: np.ones(64, int) for i in range(components)}
-    for scan in _scans(file, header)[0]:
+    for scan in scans:
         selected = scan[5 : 5 + 2 * scan[4] : 2]
         start, stop, bits = scan[-3:] if progressive else (0, 63, 0)
         for component in selected:

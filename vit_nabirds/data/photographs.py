@@ -9,7 +9,7 @@ import polars as pl
 from vit_nabirds.data.crops import fit
 from vit_nabirds.data.images import ImageFiles, PackedImages, open_images
 from vit_nabirds.data.table import BIRD
-from vit_nabirds.errors import UserError
+from vit_nabirds.errors import UserError, quoted
 
 SPLITS = {"train": "training", "validation": "validation", "test": "test"}  # and what they are called
 
@@ -63,6 +63,9 @@ def open_split(root: Path, table: pl.DataFrame, split: str, ignore_pack: bool = 
     size = open_images(root, table, False, ignore_pack).size
     if BIRD[0] in chosen.columns:
         birds = chosen.select(BIRD).to_numpy().astype(np.int32)
+        ends = birds[:, :2].astype(np.int64) + birds[:, 2:]
+        if birds[:, :2].min() < 0 or birds[:, 2:].min() < 1 or ends.max() > images.size:
+            raise UserError(f"{root / 'metadata.parquet'} has a bird outside of its image: prepare the folder again.")
     else:  # of the course: the middle of the image, as large as a test image
         margin = max(images.size - size, 0) // 2
         side = images.size - 2 * margin
@@ -76,7 +79,7 @@ def check_labels(photographs: Photographs, num_classes: int) -> None:
     if len(wrong):
         row, label = photographs.rows[wrong[0]], photographs.labels[wrong[0]]
         raise UserError(
-            f"row {row} ({photographs.path(wrong[0])}) has label {label}, but the model has {num_classes} "
+            f"row {row} ({quoted(photographs.path(wrong[0]))}) has label {label}, but the model has {num_classes} "
             f"classes (0 to {num_classes - 1})."
         )
 

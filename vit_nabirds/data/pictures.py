@@ -18,6 +18,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from vit_nabirds.data import jpeg
 from vit_nabirds.data.kinds import HEADER, JPEG, kind_of
+from vit_nabirds.errors import quoted
 
 MAX_PIXELS = 500_000_000
 Image.MAX_IMAGE_PIXELS = None  # `max_pixels` takes the place of Pillow's limit, which is of the whole process
@@ -123,13 +124,16 @@ def _contents(file: str | Path, max_pixels: int) -> bytes:
     return b"".join(parts)
 
 
-def _check_size(width: int, height: int, max_pixels: int) -> None:
+def _check_size(width: int, height: int, max_pixels: int, length: int | None = None) -> None:
+    """`length` is that of the compressed file, where its format does not tell how few bytes the pixels may take."""
     if width * height > max_pixels:
         raise ValueError(
             f"{width}x{height} pixels, more than the limit of {max_pixels:,}: raise --max_pixels, or make it smaller"
         )
     if min(width, height) < 1:
         raise ValueError(f"{width}x{height} pixels")
+    if length is not None and width * height > 2**24 + 1024 * length:
+        raise ValueError(f"{width}x{height} pixels in {length:,} bytes, fewer than any photograph takes")
 
 
 def _note(oddities: list[str], oddity: str) -> None:
@@ -210,6 +214,16 @@ def _open_avif(data: bytes, kind: str, max_pixels: int) -> Picture:
 
 
 def _open_webp(data: bytes, kind: str, max_pixels: int) -> Picture:
+    """Its decoder takes memory for the whole picture when it opens a WebP."""
+    first, start = data[12:16], data.ljust(30, b"\0")
+    if first == b"VP8X":
+        size = [1 + int.from_bytes(start[at : at + 3], "little") for at in (24, 27)]
+    elif first == b"VP8L":
+        both = int.from_bytes(start[21:25], "little")
+        size = [1 + (both & 0x3FFF), 1 + (both >> 14 & 0x3FFF)]
+    else:
+        size = [max(side & 0x3FFF, 1) for side in struct.unpack_from("<HH", start, 26)]
+    _check_size(*size, max_pixels, len(data))
     position = 12
     while position + 8 <= len(data):
         name, length = struct.unpack_from("<4sI", data, position)
@@ -229,7 +243,7 @@ def _open_heif(data: bytes, kind: str, max_pixels: int) -> Picture:
     with _refusing(kind):
         opened = pillow_heif.open_heif(data)
         size = opened.size
-    _check_size(*size, max_pixels)
+    _check_size(*size, max_pixels, len(data))
     oddities = [_NOT_JPEG]
 
     def decode(_: float) -> np.ndarray:
@@ -244,7 +258,7 @@ def _open_tiff(data: bytes, kind: str, max_pixels: int) -> Picture:
     """Pillow makes the pixels of a TIFF upright when it decodes it, so they are turned back into those stored."""
     with _quiet():
         opened, oddities = _open(data, kind), [_NOT_JPEG]
-    _check_size(*opened.size, max_pixels)
+    _check_size(*opened.size, max_pixels, len(data))
     with _refusing(kind), _quiet():
         tags = dict(opened.tag_v2)
         is_preview = tags.get(254, 0) & 1 or 50706 in tags
@@ -281,8 +295,7 @@ def _open_jpeg2000(data: bytes, kind: str, max_pixels: int) -> Picture:
 
 def _open_other(data: bytes, kind: str, max_pixels: int, exif: list[bytes] | None = None) -> Picture:
     opened, oddities = _open(data, kind), [_NOT_JPEG]
-    _check_size(*opened.size, max_pixels)
-
+    _check_size(*opened.size, max_pixels, None if kind == "PNG" else len(data))
     orientation = _orientation([opened.info.get("exif", b"")] if exif is None else exif)
     return Picture(kind, opened.size, orientation, oddities, lambda _: _pixels(opened, kind, oddities))
 
@@ -322,7 +335,7 @@ def _refusing(kind: str) -> Iterator[None]:
         raise ValueError(f"a truncated or damaged {kind} (its header makes no sense)") from None
     except Exception as error:  # noqa: BLE001
         truncated = re.search("truncated|end of file|could not create decoder|only got", str(error), re.IGNORECASE)
-        raise ValueError(f"a {'truncated' if truncated else 'damaged'} {kind} ({error})") from None
+        raise ValueError(f"a {'truncated' if truncated else 'damaged'} {kind} ({quoted(error)})") from None
 
 
 def _refuse_blank_end(data: bytes, kind: str) -> None:

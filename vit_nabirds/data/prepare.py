@@ -28,11 +28,13 @@ from vit_nabirds.data.archives import Archive, read_archive
 from vit_nabirds.data.archives.listing import BOX, STUCK_OUT
 from vit_nabirds.data.boxes import lies_in, to_upright
 from vit_nabirds.data.crops import Box, Crop, cut, place
+from vit_nabirds.data.foreign import leads_out, read_bytes, read_parquet, read_text, without_formulas
+from vit_nabirds.data.images import MAX_SIDE
 from vit_nabirds.data.pack import discard as discard_pack
 from vit_nabirds.data.pack import pack as pack_images
 from vit_nabirds.data.pictures import MAX_PIXELS, open_picture
 from vit_nabirds.data.table import BIRD, PARQUET_ERRORS, PREPARED, SKIPPED
-from vit_nabirds.errors import ConfigError, UserError, remedy_of
+from vit_nabirds.errors import ConfigError, UserError, quoted, remedy_of
 from vit_nabirds.parallel.cpus import cpu_share
 from vit_nabirds.parallel.locks import lock
 
@@ -54,9 +56,9 @@ class Settings:
     crop: str = "box"
 
     def __post_init__(self) -> None:
-        if min(self.train_size, self.test_size) < 16:
+        if not 16 <= min(self.train_size, self.test_size) <= max(self.train_size, self.test_size) <= MAX_SIDE:
             sizes = f"train_size is {self.train_size}, test_size {self.test_size}"
-            raise ConfigError(f"{sizes}: give at least 16 pixels.")
+            raise ConfigError(f"{sizes}: give at least 16 pixels, and at most {MAX_SIDE:,}.")
         if not 0 <= self.margin <= 1:
             raise ConfigError(f"margin is {self.margin}: give a share of the bounding box from 0 to 1, as 0.2.")
 
@@ -127,7 +129,9 @@ def _check_out(out: Path, archive: Path, photographs: Path, metadata_only: bool)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file. Choose another --out.")
     if out.resolve().is_relative_to(photographs.resolve()) or out.resolve() == archive.resolve():
-        raise UserError(f"{out}: is the archive, or in its folder of photographs, {photographs}. Choose another --out.")
+        raise UserError(
+            f"{out}: is the archive, or in its folder of photographs, {quoted(photographs)}. Choose another --out."
+        )
     is_ours = (out / PREPARED).exists() or (out / "metadata.parquet").exists()
     if foreign := [name for name in (*taxonomy.FILES, SKIPPED) if (out / name).exists() and not is_ours]:
         raise UserError(f"{out}: holds a {foreign[0]} that `prepare` has not written. Choose another --out.")
@@ -144,13 +148,13 @@ def _check_settings(out: Path, settings: dict) -> None:
     if not file.exists() and not (out / "cleaned_images").exists():
         return
     try:
-        earlier = {"crop": "box"} | json.loads(file.read_text())  # the first version knew nothing else
+        earlier = {"crop": "box"} | json.loads(read_text(file, 2**20))  # the first version knew nothing else
         differing = [name for name in settings if earlier[name] != settings[name]]
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file}: missing, or not written by `prepare`. Choose another --out.") from error
     changes = ", ".join(f"{name}={earlier[name]}, not {settings[name]}" for name in differing if name != "archive")
     if changes:
-        raise UserError(f"{out}: its images were made with {changes}. Choose another --out.")
+        raise UserError(f"{out}: its images were made with {quoted(changes)}. Choose another --out.")
     if differing:
         raise UserError(
             f"{out}: holds images of another archive, or paths, boxes or splits of this one have changed "
@@ -223,8 +227,12 @@ def _start(out: Path, table: pl.DataFrame, stored: dict) -> set[str]:
     """Make the folders, and clear away what the images to be made will outdate. Returns the files that are there."""
     cleaned, paths = out / "cleaned_images", set(table["path"])
     folders = {os.path.dirname(path) for path in paths}
+    if led := [folder for folder in folders if leads_out(cleaned, os.path.join(folder, "-"))]:
+        raise UserError(
+            f"{quoted(cleaned / led[0], 1000)}: a link out of {cleaned}. Remove it, or choose another --out."
+        )
     present = _list_files(cleaned, folders)
-    wanted = set(table.filter(~pl.col("source").is_in(_skipped_before(out)))["path"])
+    wanted = set(table.filter(~without_formulas(pl.col("source")).is_in(_skipped_before(out)))["path"])
     if not wanted <= present:
         discard_pack(out)
         (out / "metadata.parquet").unlink(missing_ok=True)
@@ -240,7 +248,7 @@ def _start(out: Path, table: pl.DataFrame, stored: dict) -> set[str]:
 def _known_checksums(out: Path) -> dict[str, int]:
     """The checksum of each image that an earlier run has finished, by path."""
     try:
-        return dict(pl.read_parquet(out / "metadata.parquet", columns=["path", "crc32"]).rows())
+        return dict(read_parquet(out / "metadata.parquet", columns=["path", "crc32"]).rows())
     except PARQUET_ERRORS:
         return {}  # there is none, or it is damaged, or of an earlier version
 
@@ -248,7 +256,7 @@ def _known_checksums(out: Path) -> dict[str, int]:
 def _skipped_before(out: Path) -> list[str]:
     """The photographs that an earlier run has left out."""
     try:
-        return pl.read_csv(out / SKIPPED, infer_schema=False)["source"].to_list()
+        return pl.read_csv(read_bytes(out / SKIPPED), infer_schema=False)["source"].to_list()
     except PARQUET_ERRORS:
         return []
 
@@ -264,14 +272,16 @@ def _refuse_or_skip(out: Path, count: int, failures: pl.DataFrame, folder: Path,
     is_limited = policy.on_error == "skip"
     if failures.height > policy.max_skipped * count or failures.height and not is_limited:
         limit = f", more than max_skipped={policy.max_skipped:g} of {count:,}" if is_limited else ""
-        shown = "\n  ".join(f"{folder / source}: {reason}" for source, reason in failures.sort("source").rows())
+        shown = "\n  ".join(
+            f"{quoted(folder / source, 1000)}: {quoted(reason)}" for source, reason in failures.sort("source").rows()
+        )
         raise UserError(
             f"{failures.height:,} photographs cannot be used{limit}:\n  {shown}\n"
             "Put good copies there and run the same command again (finished images are kept), or leave them out with "
             f"{'a larger --max_skipped' if is_limited else '--on_error=skip'}."
         )
     if failures.height:
-        _write(out / SKIPPED, failures.write_csv().encode())
+        _write(out / SKIPPED, failures.select(without_formulas(pl.all())).write_csv().encode())
     else:
         (out / SKIPPED).unlink(missing_ok=True)
 
@@ -312,6 +322,10 @@ class _Job:
     def _one(self, row: dict) -> tuple | str:
         if row["missing"]:
             return "no such file"
+        if leads_out(self._source, row["source"]):
+            return f"a link out of {self._source}"
+        if not os.path.isfile(self._source / row["source"]):  # a pipe would be waited for
+            return "not a regular file"
         target, data = self._cleaned / row["path"], self._finished(row["path"])
         try:
             size, box, crop, image = self._cut(row, data is None)
@@ -327,7 +341,7 @@ class _Job:
 
     def _finished(self, path: str) -> bytes | None:
         """The image if it is there already, and is what was written."""
-        data = (self._cleaned / path).read_bytes() if path in self._present else None
+        data = read_bytes(self._cleaned / path) if path in self._present else None
         return None if data is None or zlib.crc32(data) != self._known.get(path, zlib.crc32(data)) else data
 
     def _cut(self, row: dict, is_new: bool) -> tuple[tuple[int, int], Box | None, Crop, np.ndarray | None]:

@@ -2,14 +2,15 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import polars as pl
 
 from vit_nabirds.data.archives.names import clean_name
-from vit_nabirds.data.archives.tables import PARQUET_ERRORS
+from vit_nabirds.data.foreign import PARQUET_ERRORS, read_parquet, read_text
 from vit_nabirds.data.splits import held_out
-from vit_nabirds.errors import ConfigError, UserError
+from vit_nabirds.errors import ConfigError, UserError, quoted
 
 COLUMNS = ("path", "species_name", "photographer", "is_training_img")
 CLASSES = {"species": "species_name", "category": "subcategory"}  # config.data.label: the column with the class
@@ -37,9 +38,10 @@ def read_table(root: Path, label: str = "species", validation: float = 0.0) -> p
     try:
         present = pl.read_parquet_schema(file).keys()
     except PARQUET_ERRORS as error:
-        raise UserError(f"{file} is not a readable Parquet file ({error}): prepare the folder again.") from None
-    if missing := [name for name in COLUMNS if name not in present]:
-        columns = ", ".join(present)
+        raise UserError(f"{file} is not a readable Parquet file ({quoted(error)}): prepare the folder again.") from None
+    needed = COLUMNS + (BIRD if present & set(BIRD) else ())
+    if missing := [name for name in needed if name not in present]:
+        columns = quoted(", ".join(present))
         raise UserError(f"{file} has no column {missing[0]!r} (its columns: {columns}): prepare the folder again.")
     if CLASSES[label] not in present:
         raise ConfigError(
@@ -61,13 +63,15 @@ def read_table(root: Path, label: str = "species", validation: float = 0.0) -> p
 def _read(file: Path, columns: list[str]) -> pl.DataFrame:
     types = dict.fromkeys(columns, pl.String) | {"is_training_img": pl.Int8} | KNOWN
     try:
-        table = pl.read_parquet(file, columns=columns)
+        table = read_parquet(file, columns=columns)
     except PARQUET_ERRORS as error:
-        raise UserError(f"{file} is not a readable Parquet file ({error}): prepare the folder again.") from None
+        raise UserError(f"{file} is not a readable Parquet file ({quoted(error)}): prepare the folder again.") from None
     try:
+        if table["is_training_img"].dtype.is_float():  # a cast would make 0 of 0.9
+            raise pl.exceptions.InvalidOperationError("is_training_img has fractions")
         table = table.with_columns(pl.col(name).cast(types[name]) for name in columns)
-    except pl.exceptions.PolarsError as error:
-        raise UserError(f"{file} has a column of the wrong type ({error}): prepare the folder again.") from None
+    except PARQUET_ERRORS as error:
+        raise UserError(f"{file} has a column of the wrong type ({quoted(error)}): prepare the folder again.") from None
     return table.with_columns(pl.col("photographer").str.strip_chars())
 
 
@@ -80,19 +84,20 @@ def _cleaned(names: pl.Series) -> pl.Series:
 
 def _check(table: pl.DataFrame, file: Path) -> None:
     """UserError for the first row that cannot be right."""
-    wrong = {f"an empty {name}": pl.col(name).fill_null("") == "" for name in ("path", "species_name")}
+    names = [name for name in ("path", "species_name", "source", "subcategory") if name in table.columns]
+    wrong = {f"an empty {name}": pl.col(name).fill_null("") == "" for name in names}
     wrong["an empty photographer"] = pl.col("photographer") == ""  # null: unknown
-    if "subcategory" in table.columns:
-        wrong["an empty subcategory"] = pl.col("subcategory").fill_null("") == ""
     wrong["is_training_img other than 0 and 1"] = ~pl.col("is_training_img").is_in([0, 1]).fill_null(False)
-    wrong["a path that leads out of its folder"] = pl.col("path").str.contains(r"^/|(^|/)\.\.(/|$)")
+    wrong["a path that leads out of its folder"] = pl.col("path").str.contains(r"^/|(^|/)\.\.(/|$)|\x00")
+    known = [name for name in KNOWN if name in table.columns]
+    wrong[f"no {', '.join(known)}"] = pl.any_horizontal(pl.col(known).is_null()) if known else pl.lit(False)
     wrong["a path that another row has too"] = pl.col("path").is_duplicated()
     for problem, is_wrong in wrong.items():
         rows = table.with_row_index("row").filter(is_wrong)
         if rows.height:
             raise UserError(
-                f"{file}, row {rows['row'][0]} ({rows['path'][0]}) has {problem}: correct it, or prepare the folder "
-                "again."
+                f"{file}, row {rows['row'][0]} ({quoted(rows['path'][0])}) has {problem}: correct it, or prepare the "
+                "folder again."
             )
 
 
@@ -125,20 +130,24 @@ def class_names(table: pl.DataFrame) -> list[str]:
 def read_prepared(root: Path) -> str:
     """The text of prepared.json, or "" without one, as in the course's folder."""
     file = root / PREPARED
-    return file.read_text() if file.exists() else ""
+    try:
+        return read_text(file, 2**20) if file.exists() else ""
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is damaged ({error}): prepare the folder again.") from None
 
 
 def left_out_of(root: Path) -> int:
     """How many photographs `prepare` left out."""
-    return int(pl.read_parquet_metadata(root / "metadata.parquet").get("skipped", 0))
+    skipped = pl.read_parquet_metadata(root / "metadata.parquet").get("skipped", "0")
+    return int(skipped) if re.fullmatch("[0-9]{1,12}", skipped) else 0
 
 
 def settings_of(root: Path) -> dict:
     """The settings that the folder's images were made with; empty for the course's folder."""
     try:
         return dict(json.loads(read_prepared(root) or "{}"))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{root / PREPARED} is damaged ({error}): prepare the folder again.") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{root / PREPARED} is damaged ({quoted(error)}): prepare the folder again.") from None
 
 
 def fingerprint(root: Path, table: pl.DataFrame) -> str:

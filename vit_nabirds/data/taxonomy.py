@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from vit_nabirds.errors import UserError
+from vit_nabirds.data.foreign import read_text
+from vit_nabirds.errors import UserError, quoted
 
+DEEPEST = 100  # levels: of living things, taxonomists name some thirty
 FILES = ("hierarchy.txt", "classes.txt")  # '<child> <parent>' and '<node> <name>', as in the archive
 
 
@@ -58,12 +60,14 @@ def read_taxonomy(root: Path, table: pl.DataFrame) -> Taxonomy | None:
     if not file.is_file() or "node" not in table.columns:
         return None
     try:
-        parents = dict(line.split() for line in file.read_text("utf-8").split("\n") if line)
-        names = dict(line.split(maxsplit=1) for line in names.read_text("utf-8").split("\n") if line)
+        parents = dict(line.split() for line in read_text(file).split("\n") if line)
+        names = dict(line.split(maxsplit=1) for line in read_text(names).split("\n") if line)
+        if unknown := set(table["node"]) - names.keys():
+            raise ValueError(f"{unknown.pop()} is not in {FILES[1]}")
         nodes = table.select("label", "class_name", "node").unique().sort("label", "node")
         return _of_paths([_path(rows, parents, names) for _, rows in nodes.group_by("label", maintain_order=True)])
-    except (OSError, ValueError, KeyError, RecursionError) as error:
-        raise UserError(f"{file} does not fit metadata.parquet ({error!r}): prepare the folder again.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} does not fit metadata.parquet ({quoted(error)}): prepare the folder again.") from None
 
 
 def _path(rows: pl.DataFrame, parents: dict[str, str], names: dict[str, str]) -> list[str]:
@@ -82,8 +86,8 @@ def _path(rows: pl.DataFrame, parents: dict[str, str], names: dict[str, str]) ->
 def _above(node: str, parents: dict[str, str]) -> list[str]:
     path = []
     while node in parents:  # the root has no parent
-        if len(path) > 1000:
-            raise ValueError(f"{node} is its own ancestor")
+        if len(path) > DEEPEST:
+            raise ValueError(f"{node} has more than {DEEPEST} ancestors, or is its own")
         path.append(node)
         node = parents[node]
     return path[::-1]

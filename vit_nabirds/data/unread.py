@@ -7,7 +7,7 @@ import numpy as np
 
 from vit_nabirds.data.batches import Batch
 from vit_nabirds.data.photographs import Photographs
-from vit_nabirds.errors import UserError
+from vit_nabirds.errors import UserError, quoted
 
 log = logging.getLogger("vit_nabirds")
 
@@ -48,7 +48,7 @@ class Unread:
         index = int(np.searchsorted(split.rows, row))
         try:
             split.read(index, np.empty((split.size, split.size, 3), np.uint8))
-            problem = f"{split.path(index)} could not be read, but can now."
+            problem = f"{quoted(split.path(index))} could not be read, but can now."
         except UserError as error:
             problem = str(error)
         self.check(count, f" The last: {problem}")

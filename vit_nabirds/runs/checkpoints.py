@@ -22,7 +22,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from vit_nabirds.config.fields import SHAPE, Config, with_defaults
-from vit_nabirds.errors import TransientError, UserError, quoted, visible
+from vit_nabirds.errors import TransientError, UserError, shown, visible
 from vit_nabirds.models.limits import problem_of
 from vit_nabirds.models.normalization import RANGES, Normalization, are_valid
 from vit_nabirds.models.pretrained.hf_config import PARTS
@@ -52,7 +52,7 @@ class Metadata:
         """UserError for what no version of this program writes."""
         fields = {"crop": "box", "base": None, "history": []} | fields  # earlier versions knew nothing else
         if wrong := [name for name, holds in _CHECKS.items() if not holds(fields.get(name))]:
-            raise UserError(f"{wrong[0]} is {quoted(fields.get(wrong[0]))}, which this program does not write")
+            raise UserError(f"{wrong[0]} is {shown(fields.get(wrong[0]))}, which this program does not write")
         config = with_defaults(fields["config"])
         Config.read(config)
         fields = {field.name: fields[field.name] for field in dataclasses.fields(cls)} | {"config": config}
@@ -154,7 +154,7 @@ class Checkpoints:
                 raise
             raise UserError(
                 f"{folder} has a checkpoint whose _CHECKPOINT_METADATA is not what this program writes "
-                f"({quoted(str(error))}): delete that checkpoint."
+                f"({shown(str(error))}): delete that checkpoint."
             ) from None
 
     def should_preserve(self, checkpoints: list, *, context: Any) -> list[bool]:

@@ -6,8 +6,7 @@ the checks that they share.
 
 import dataclasses
 import os
-import tarfile
-import zipfile
+import re
 from pathlib import Path
 
 import polars as pl
@@ -15,12 +14,16 @@ import polars as pl
 from vit_nabirds.data.archives import coco, cub, folders, nabirds, tables
 from vit_nabirds.data.archives.listing import Listing, complete
 from vit_nabirds.data.archives.names import split_of
-from vit_nabirds.errors import ConfigError, UserError
+from vit_nabirds.errors import ConfigError, UserError, quoted
 
 _LAYOUTS = (
     "An archive is NABirds or CUB-200-2011 (with images.txt), a folder for each class (train/<class>/<photograph> and "
     "test/<class>/<photograph>, or <class>/<photograph>), a table (CSV or Parquet with columns path and label), or "
     "JSON in COCO's form"
+)
+# ZIP, 7z, RAR, and tar or what it is compressed with
+_PACKED = re.compile(
+    rb"PK(\x03\x04|\x05\x06)|7z\xbc\xaf|Rar!|\x1f\x8b|BZh[1-9]1AY|\xfd7zXZ|\x28\xb5\x2f\xfd|.{257}ustar", re.DOTALL
 )
 
 
@@ -53,9 +56,15 @@ def read_archive(path: str | Path, crop: str = "box", test_share: float | None =
         raise ConfigError(f"test_share is {test_share}: give a share of the photographs between 0 and 1, as 0.2.")
     try:
         listing = _recognise(Path(path), crop)
+        table = complete(listing, crop, test_share)
     except OSError as error:
-        raise UserError(f"{error.filename or path}: {error.strerror or error}. Make it readable.") from error
-    table = complete(listing, crop, test_share)
+        raise UserError(
+            f"{quoted(error.filename or path, 1000)}: {error.strerror or error}. Make it readable."
+        ) from error
+    except RecursionError:
+        raise UserError(f"{path}: folders in folders, too deep to look into. Name the one with the archive.") from None
+    except UserError as error:  # names of folders and files in an archive are foreign text as well
+        raise type(error)(quoted(error, 2000)) from error
     notes = {note: count for note, count in listing.notes.items() if count}
     return Archive(listing.kind, listing.folder, table, notes, listing.taxonomy)
 
@@ -66,8 +75,8 @@ def _recognise(path: Path, crop: str) -> Listing:
     if not path.is_file():
         raise UserError(f"{path}: no such folder or file. Name the unpacked archive. {_LAYOUTS}.")
     with open(path, "rb") as opened:
-        start = opened.read(64)
-    if zipfile.is_zipfile(path) or tarfile.is_tarfile(path) or start.startswith((b"\x1f\x8b", b"Rar!", b"7z\xbc\xaf")):
+        start = opened.read(512)
+    if _PACKED.match(start):
         raise UserError(f"{path}: a packed file. Unpack it and name the folder; save a spreadsheet as CSV.")
     if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"[")):
         return coco.read({path: None}, path.parent)
@@ -115,8 +124,8 @@ def _label_files(folder: Path) -> dict[Path, str | None]:
     told = set(splits.values())
     if len(found) > 1 and (None in told or len(told) < len(found) or 0 < len(jsons) < len(found)):
         raise UserError(
-            f"{folder}: {', '.join(file.name for file in found)} could all hold the labels. Name one, or leave one "
-            "for each split there, with train, val or test in its name."
+            f"{folder}: {quoted(', '.join(file.name for file in found))} could all hold the labels. Name one, or leave "
+            "one for each split there, with train, val or test in its name."
         )
     return splits
 

@@ -10,7 +10,8 @@ import polars as pl
 
 from vit_nabirds.data.archives.listing import BOX, Listing, refuse, relative_paths
 from vit_nabirds.data.archives.names import clean_name
-from vit_nabirds.errors import UserError
+from vit_nabirds.data.foreign import MOST_BYTES, read_bytes
+from vit_nabirds.errors import UserError, quoted
 
 _RANKS = ["kingdom", "phylum", "class", "order", "family", "genus"]
 _COLUMNS = {
@@ -42,9 +43,10 @@ def read(files: dict[Path, str | None], folder: Path) -> Listing:
 
 def fits(file: Path) -> bool:
     """Whether a file's text speaks of images and annotations."""
-    if not file.stat().st_size:
+    length = min(file.stat().st_size, MOST_BYTES)
+    if not length:
         return False
-    with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as text:
+    with open(file, "rb") as opened, mmap.mmap(opened.fileno(), length, access=mmap.ACCESS_READ) as text:
         return text.find(b'"annotations"') >= 0 and text.find(b'"images"') >= 0
 
 
@@ -78,9 +80,9 @@ def _parse(file: Path) -> list[pl.DataFrame]:
     """images, annotations and categories: _COLUMNS as text, sizes and boxes as numbers, and `row` from 0."""
     try:
         # What is not needed is dropped while parsing: a file of 2.7 million photographs would fill the memory.
-        data = json.loads(file.read_bytes(), object_hook=lambda found: {k: v for k, v in found.items() if k in _KEPT})
+        data = json.loads(read_bytes(file), object_hook=lambda found: {k: v for k, v in found.items() if k in _KEPT})
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not readable as JSON ({error}). Download or write it again.") from None
+        raise UserError(f"{file}: not readable as JSON ({quoted(error)}). Download or write it again.") from None
     frames = []
     for key, names in _COLUMNS.items():
         rows = data.get(key) if isinstance(data, dict) else None
@@ -102,15 +104,25 @@ def _parse(file: Path) -> list[pl.DataFrame]:
 
 def _column(file: Path, key: str, name: str, values: list) -> pl.Series:
     dtype = {"width": pl.Int64, "height": pl.Int64, "bbox": pl.List(pl.Float64)}.get(name, pl.String)
-    fitting, form = (list, "[left, top, width, height]") if name == "bbox" else ((str, int, float), "text or a number")
-    unfit = (row for row, value in enumerate(values) if value is not None and not isinstance(value, fitting))
+    fits, form = (_is_box, "[left, top, width, height]") if name == "bbox" else (_is_plain, "text or a number")
+    unfit = (row for row, value in enumerate(values) if value is not None and not fits(value))
     if (row := next(unfit, None)) is not None:
         raise UserError(f"{file}, {key}[{row}]: {name} is not {form}. Correct it.")
     try:
         return pl.Series(name, values, dtype, strict=False)
     except UnicodeEncodeError as error:
-        text = error.object.encode(errors="backslashreplace").decode()
-        raise UserError(f"{file}: {name} {text!r} of {key} is not Unicode text. Write it in UTF-8.") from None
+        raise UserError(
+            f"{file}: {name} '{quoted(error.object)}' of {key} is not Unicode text. Write it in UTF-8."
+        ) from None
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, str) or isinstance(value, int | float) and not abs(value) > 2**63
+
+
+def _is_box(value: object) -> bool:
+    """Whether it is a list of numbers; how many they must be is for a message that shows them."""
+    return isinstance(value, list) and all(_is_plain(side) and not isinstance(side, str) for side in value)
 
 
 def _with_boxes(file: Path, annotations: pl.DataFrame) -> pl.DataFrame:

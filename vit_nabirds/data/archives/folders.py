@@ -9,8 +9,9 @@ import polars as pl
 
 from vit_nabirds.data.archives.listing import Listing
 from vit_nabirds.data.archives.names import SPLITS
-from vit_nabirds.errors import UserError
+from vit_nabirds.errors import UserError, quoted
 
+_MOST_FOLDERS, _MOST_FILES = 1_000_000, 20_000_000
 _FORMS = "train/<class>/<photograph> and test/<class>/<photograph>"
 _JUNK = {"Thumbs.db", "ehthumbs.db", "desktop.ini", "__MACOSX", "@eaDir", "Icon\r", "README", "LICENSE", "COPYING"}
 # Suffixes that nobody gives to photographs. All other files are read: a suffix does not say what is in them.
@@ -87,7 +88,7 @@ def _refuse_misplaced(folder: Path, splits: list[str], table: pl.DataFrame, loos
     within = set(deep["source"].str.split("/").list.get(1).str.to_lowercase())
     if not splits and "train" in within and within <= SPLITS.keys():
         raise UserError(
-            f"{folder}: splits in class folders, as {deep['source'][0]}. Make it <split>/<class>/<photograph>."
+            f"{folder}: splits in class folders, as {quoted(deep['source'][0])}. Make it <split>/<class>/<photograph>."
         )
 
 
@@ -97,10 +98,17 @@ def _walk(root: Path) -> tuple[list[str], list[str], collections.Counter]:
     waiting = [("", (_identity(root),))]  # with the identities of a folder and those above it
     while waiting:
         folder, above = waiting.pop()
+        if len(folders) > _MOST_FOLDERS or len(files) > _MOST_FILES:  # two links in each of forty are a trillion ways
+            raise UserError(
+                f"{root}: more than {_MOST_FOLDERS:,} folders or {_MOST_FILES:,} files in it. Remove the links that "
+                "lead from folder to folder."
+            )
         try:
             entries = list(os.scandir(root / folder))
         except OSError as error:
-            raise UserError(f"{root / folder}: {error.strerror}. Make it readable, or move it away.") from None
+            raise UserError(
+                f"{quoted(root / folder, 1000)}: {error.strerror}. Make it readable, or move it away."
+            ) from None
         for entry in entries:
             name = folder + entry.name
             if _is_junk(entry.name):

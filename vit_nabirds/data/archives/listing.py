@@ -10,7 +10,7 @@ import polars as pl
 
 from vit_nabirds.data.archives.names import clean_name, split_of
 from vit_nabirds.data.splits import held_out
-from vit_nabirds.errors import UserError
+from vit_nabirds.errors import UserError, quoted
 
 BOX = ["bb_x", "bb_y", "bb_width", "bb_height"]
 _COLUMNS = dict.fromkeys(["source", "subcategory", "species_name", "node", "photographer", "split"], pl.String)
@@ -47,7 +47,8 @@ def refuse(bad: pl.DataFrame, where: Callable[[dict], str], message: str) -> Non
     if bad.height:
         first = bad.row(0, named=True)
         others = f" ({bad.height - 1} more like it.)" if bad.height > 1 else ""
-        raise UserError(f"{where(first)}: {message.format(**first)}{others}")
+        message = message.format(**{name: quoted(value) for name, value in first.items()})
+        raise UserError(f"{quoted(where(first), 1000)}: {message}{others}")
 
 
 def relative_paths(table: pl.DataFrame, folder: Path, where: Where, split: str | None = None) -> pl.DataFrame:
@@ -85,7 +86,8 @@ def complete(listing: Listing, crop: str, test_share: float | None) -> pl.DataFr
     listing.notes["species have no train photograph"] += table["species_name"].n_unique() - trained
     if table["subcategory"].n_unique() == 1 and not listing.one_class:
         raise UserError(
-            f"{listing.split_place}: all {table.height:,} photographs are of one class, {table['subcategory'][0]!r}. "
+            f"{listing.split_place}: all {table.height:,} photographs are of one class, '"
+            f"{quoted(table['subcategory'][0])}'. "
             "Give photographs of at least two."
         )
     return table.select(*_ORDER, *listing.extra)
@@ -102,7 +104,7 @@ def _named(table: pl.DataFrame, listing: Listing) -> pl.DataFrame:
         pl.col("node").first().over("subcategory") if listing.taxonomy is not None else pl.lit(None).alias("node"),
     )
     nameless = table.filter(pl.min_horizontal("subcategory", "species_name").fill_null("") == "")
-    message = "the class of {source} has no name ({label!r}). Give it one."
+    message = "the class of {source} has no name ('{label}'). Give it one."
     refuse(nameless, lambda row: listing.where(row, "label"), message)
     merged = raw.height - table["subcategory"].n_unique()
     listing.notes["class names differ from another only in form or white space and were taken for it"] += merged
@@ -142,7 +144,8 @@ def _boxed(table: pl.DataFrame, listing: Listing, crop: str) -> pl.DataFrame:
     def place(row: dict) -> str:
         return listing.where(row, "box")
 
-    wrong = table.filter("boxed", ~pl.all_horizontal(pl.col(BOX).is_finite()).fill_null(False))
+    # As the text files' numbers: sums of larger ones would not be finite.
+    wrong = table.filter("boxed", ~pl.all_horizontal(pl.col(BOX).abs() < 1e9).fill_null(False))
     refuse(wrong, place, "the box of {name} is not four numbers ({bb_x}, {bb_y}, {bb_width}, {bb_height}). Correct it.")
     boxes = table.filter("boxed")
     if boxes.height and boxes.select(pl.max_horizontal(BOX).max()).item() <= 1:

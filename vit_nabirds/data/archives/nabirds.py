@@ -7,6 +7,7 @@ import polars as pl
 from vit_nabirds.data.archives.listing import Listing, refuse
 from vit_nabirds.data.archives.names import clean_name, species_of
 from vit_nabirds.data.archives.text_files import join_files, read_rows
+from vit_nabirds.data.taxonomy import DEEPEST
 from vit_nabirds.errors import UserError
 
 FORMS = {
@@ -53,12 +54,15 @@ def _read_tree(folder: Path, table: pl.DataFrame) -> pl.DataFrame:
         [edges, roots.with_columns(row=pl.lit(0, pl.UInt32), parent_id=pl.lit(None, pl.Int64))], how="diagonal"
     )
     rest, reached = tree, roots
-    while reached.height:  # a level of the tree
+    for _ in range(DEEPEST + 1):  # the levels of the tree
+        if reached.is_empty():
+            break
         rest, reached = (
             rest.join(reached, on="class_id", how="anti"),
             rest.join(reached, left_on="parent_id", right_on="class_id", how="semi").select("class_id"),
         )
-    refuse(rest, place, "class id {class_id} does not descend from a root: its ancestors are a circle. Correct one.")
+    message = f"does not descend from a root in {DEEPEST} steps: its ancestors are a circle, or too many. Correct one."
+    refuse(rest, place, f"class id {{class_id}} {message}")
     if roots.height != 1:
         ids = ", ".join(map(str, sorted(roots["class_id"])[:3])) or "none"
         raise UserError(

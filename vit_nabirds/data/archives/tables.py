@@ -8,10 +8,10 @@ import polars as pl
 
 from vit_nabirds.data.archives.listing import BOX, Listing, Where, refuse, relative_paths
 from vit_nabirds.data.archives.names import SPLITS
-from vit_nabirds.errors import UserError
+from vit_nabirds.data.foreign import PARQUET_ERRORS, read_bytes, read_parquet
+from vit_nabirds.errors import UserError, quoted
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
-PARQUET_ERRORS = (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException)  # polars panics on damaged bytes
 # What a column may be called; the first name wins over the others.
 NAMES = {
     "source": ["path", "file", "filename", "file_name", "image", "filepath"],
@@ -30,7 +30,7 @@ def read(files: dict[Path, str | None], folder: Path, crop: str) -> Listing:
     """The rows of tables whose paths are relative to `folder`, each of the split that its rows or else `files` name."""
     table = pl.concat([_read_one(file, split, folder, crop) for file, split in files.items()], how="diagonal")
     return Listing(
-        kind=f"a table ({', '.join(file.name for file in files)})",
+        kind=f"a table ({quoted(', '.join(file.name for file in files))})",
         folder=folder,
         table=table,
         where=lambda row, what: f"{row['file']}, row {row['row']}",
@@ -88,7 +88,7 @@ def _checked(table: pl.DataFrame, where: Where, folder: Path, split: str | None)
         flag = pl.col("split").str.to_lowercase().str.replace(r"^([01])\.0*$", "$1")
         flags = table.with_columns(flag=flag.replace_strict(_FLAGS, default=None))
         unknown = flags.filter(pl.col("flag").is_null()).with_columns(pl.col("split").fill_null(""))
-        refuse(unknown, place, "split {split!r} is not train, test or val (or 1 for train, 0 for test). Correct it.")
+        refuse(unknown, place, "split '{split}' is not train, test or val (or 1 for train, 0 for test). Correct it.")
         table = table.with_columns(split=flags["flag"])
     else:
         table = table.with_columns(split=pl.lit(split, pl.String))
@@ -96,7 +96,7 @@ def _checked(table: pl.DataFrame, where: Where, folder: Path, split: str | None)
         if name in _NUMBERS:
             number = pl.col(name).cast(pl.Float64, strict=False)
             wrong = table.filter(pl.col(name) != "", number.is_null()).with_columns(value=name)
-            refuse(wrong, place, f"{name} {{value!r}} is not a number. Correct it.")
+            refuse(wrong, place, f"{name} '{{value}}' is not a number. Correct it.")
             table = table.with_columns(number.fill_nan(None).alias(name))
     if "xmin" in table.columns:
         sides = {"bb_width": pl.col("xmax") - pl.col("xmin"), "bb_height": pl.col("ymax") - pl.col("ymin")}
@@ -117,7 +117,7 @@ def _columns(file: Path, names: list[str]) -> dict[str, str]:
         if present:
             columns[role] = own[present[0]]
         elif role in ("source", "label"):
-            wanted = f"no column {accepted[0]} (or {', '.join(accepted[1:])}) among {', '.join(names)}"
+            wanted = f"no column {accepted[0]} (or {', '.join(accepted[1:])}) among {quoted(', '.join(names))}"
             raise UserError(
                 f"{file}: {wanted}. The first row names the columns: path and label, and optionally split, "
                 "photographer, bb_x, bb_y, bb_width, bb_height."
@@ -146,9 +146,10 @@ def _plain_names(names: list[str]) -> dict[str, str]:
 
 
 def _text(file: Path, column: pl.Series) -> pl.Series:
-    if column.dtype.is_nested() or column.dtype in (pl.Binary, pl.Object):
+    if column.dtype.is_nested() or column.dtype in (pl.Binary, pl.Object, pl.Duration):
         raise UserError(
-            f"{file}: column {column.name} holds {column.dtype}, not text or numbers. Give one value a row."
+            f"{file}: column {quoted(column.name)} holds {quoted(column.dtype)}, not text or numbers. Give one value a "
+            "row."
         )
     column = column.fill_nan(None) if column.dtype.is_float() else column
     return column.cast(pl.String).str.strip_chars()
@@ -156,16 +157,19 @@ def _text(file: Path, column: pl.Series) -> pl.Series:
 
 def _read_parquet(file: Path) -> pl.DataFrame:
     try:
-        return pl.read_parquet(file)
+        return read_parquet(file)
     except PARQUET_ERRORS as error:
-        raise UserError(f"{file}: not a readable Parquet file ({error}). Write it again.") from None
+        raise UserError(f"{file}: not a readable Parquet file ({quoted(error)}). Write it again.") from None
 
 
 def _separator(file: Path, line: bytes) -> str:
     """The separator of a CSV file, by its first row. UserError if that does not name the columns."""
     text, widest = line.decode("utf-8-sig", errors="replace").strip("\r\n"), []
     for separator in ",;\t":
-        names = next(csv.reader([text], delimiter=separator), [])
+        try:
+            names = next(csv.reader([text], delimiter=separator), [])
+        except csv.Error as error:
+            raise UserError(f"{file}, row 1: {error}. Correct it.") from None
         if len(names) > len(widest):
             widest, chosen = names, separator
     if len(widest) < 2:
@@ -179,7 +183,7 @@ def _separator(file: Path, line: bytes) -> str:
 
 def _read_csv(file: Path) -> pl.DataFrame:
     """All columns as text. UserError with the row for what is no CSV in UTF-8."""
-    data = file.read_bytes()
+    data = read_bytes(file)
     if not data.strip():
         raise UserError(
             f"{file}: it is empty. Give a row for each photograph, below a row with the names of the columns."
@@ -196,7 +200,7 @@ def _read_csv(file: Path) -> pl.DataFrame:
     try:
         return pl.read_csv(data, separator=separator, infer_schema=False)
     except pl.exceptions.PolarsError as error:
-        raise UserError(f"{file}{_why(data.decode(), separator) or f': {str(error).splitlines()[0]}'}") from None
+        raise UserError(f"{file}{_why(data.decode(), separator) or f': {quoted(error)}'}") from None
 
 
 def _why(text: str, separator: str) -> str | None:

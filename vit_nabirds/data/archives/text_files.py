@@ -6,13 +6,16 @@ from pathlib import Path
 import polars as pl
 
 from vit_nabirds.data.archives.listing import BOX, Listing, refuse
-from vit_nabirds.errors import UserError
+from vit_nabirds.data.foreign import read_text
+from vit_nabirds.errors import UserError, quoted
 
+_MOST_BYTES = 2**28  # five million rows
 _TEXT = ["UUID", "path", "photographer", "subcategory"]
-# A value of each column as a regular expression. Numbers have at most nine digits, so that their sums fit.
-_VALUE = dict.fromkeys(["class_id", "parent_id", "width", "height"], r"(\d{1,9})")
+# A value of each column as a regular expression. Numbers have at most nine digits, so that their sums fit, and not
+# those of other scripts, which \d means too.
+_VALUE = dict.fromkeys(["class_id", "parent_id", "width", "height"], r"([0-9]{1,9})")
 _VALUE |= dict.fromkeys(_TEXT, r"(\S.*)") | {"UUID": r"(\S+)", "is_training_img": r"([01])"}
-_BOX = {"whole pixels": r"(-?\d{1,9})", "pixels": r"(-?\d{1,9}(?:\.\d*)?)"}
+_BOX = {"whole pixels": r"(-?[0-9]{1,9})", "pixels": r"(-?[0-9]{1,9}(?:\.[0-9]*)?)"}
 # What messages say about a row's place: the file that holds the value.
 _FILES = {"path": "images.txt", "label": "classes.txt", "box": "bounding_boxes.txt", "split": "train_test_split.txt"}
 
@@ -60,9 +63,9 @@ def read_rows(file: Path, form: str) -> pl.DataFrame:
     columns, box = re.findall(r"<(\w+)>", form), _BOX["whole pixels" if "whole pixels" in form else "pixels"]
     patterns = _VALUE | dict.fromkeys(BOX, box)
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")  # read_text turns CRLF into LF
+        lines = read_text(file, _MOST_BYTES).split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not readable as UTF-8 text ({error}). Unpack the archive again.") from error
+        raise UserError(f"{file}: not readable as UTF-8 text ({quoted(error)}). Unpack the archive again.") from error
     table = pl.DataFrame({"line": lines}, schema={"line": pl.String}).with_row_index("row", offset=1)
     table = table.with_columns(pl.col("line").str.strip_chars()).filter(pl.col("line") != "")
     pattern = "^" + r"\s+".join(patterns[name] for name in columns) + "$"

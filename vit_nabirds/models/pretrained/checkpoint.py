@@ -8,7 +8,7 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 
-from vit_nabirds.errors import UserError, quoted, visible
+from vit_nabirds.errors import UserError, shown, visible
 from vit_nabirds.models.normalization import Normalization
 from vit_nabirds.models.pretrained import processor
 from vit_nabirds.models.pretrained.hf_config import architecture_of, read_config, read_json
@@ -127,7 +127,7 @@ def find_checkpoint(name: str) -> Path:
         return folder
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(
-            f"there is no folder {quoted(name)}: give the folder of a checkpoint, or a Hub id like "
+            f"there is no folder {shown(name)}: give the folder of a checkpoint, or a Hub id like "
             "'google/vit-base-patch16-224' (with a revision: ID@REVISION)."
         )
     repository, _, revision = name.partition("@")

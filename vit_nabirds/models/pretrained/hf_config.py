@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from vit_nabirds.config.json_files import read_object
-from vit_nabirds.errors import UserError, quoted
+from vit_nabirds.errors import UserError, shown
 from vit_nabirds.models.limits import problem_of
 
 # transformers leaves a field out of config.json if its value is the default of the model_type.
@@ -50,20 +50,20 @@ def read_config(folder: Path) -> dict:
     if "model_type" not in hf and (folder / "checkpoints").is_dir():
         raise UserError(f"{folder} is the workdir of a run: give it as --workdir, or `export` the run first.")
     if not isinstance(model_type := hf.get("model_type"), str) or model_type not in DEFAULTS:
-        raise UserError(f"{file}: model_type is {quoted(model_type)}; supported are {', '.join(DEFAULTS)}.")
+        raise UserError(f"{file}: model_type is {shown(model_type)}; supported are {', '.join(DEFAULTS)}.")
     hf = DEFAULTS[model_type] | hf
     for field, expected in {"hidden_act": "gelu", "num_channels": 3}.items():
         if hf[field] != expected:
-            raise UserError(f"{file}: {field} is {quoted(hf[field])}; only {expected!r} is supported.")
+            raise UserError(f"{file}: {field} is {shown(hf[field])}; only {expected!r} is supported.")
     for field, default in DEFAULTS[model_type].items():
         if not _is_like(hf[field], default, field):
-            raise UserError(f"{file}: {field} is {quoted(hf[field])}; expected a value like {default!r}.")
+            raise UserError(f"{file}: {field} is {shown(hf[field])}; expected a value like {default!r}.")
     if problem := problem_of(architecture_of(hf)):
         ours, expected = problem
         field = {ours: theirs for theirs, ours in _SAME.items()} | {"num_registers": "num_register_tokens"}
         field = field.get(ours, "intermediate_size" if model_type == "vit" else "mlp_ratio")
         expected = expected.replace("num_heads", "num_attention_heads")
-        raise UserError(f"{file}: {field} is {quoted(hf[field])}; expected {expected}.")
+        raise UserError(f"{file}: {field} is {shown(hf[field])}; expected {expected}.")
     return hf
 
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vit_nabirds.errors import UserError, quoted
+from vit_nabirds.errors import UserError, shown
 from vit_nabirds.models.pretrained.hf_config import PARTS, family
 from vit_nabirds.models.pretrained.tensors import Tensor
 
@@ -96,5 +96,5 @@ def check_tensors(tensors: dict[str, Tensor], architecture: dict, num_classes: i
     # The logits depend on neither.
     unused = {name for name in tensors if name.startswith("pooler.") or name == "embeddings.mask_token"}
     if extra := sorted(tensors.keys() - rows - unused):
-        names = ", ".join(quoted(name, 100) for name in extra[:5])
+        names = ", ".join(shown(name, 100) for name in extra[:5])
         raise UserError(f"{source}: {len(extra)} tensors have no place in the model: {names} …")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from vit_nabirds.data.crops import fit
-from vit_nabirds.errors import UserError, quoted
+from vit_nabirds.errors import UserError, shown
 from vit_nabirds.models.limits import problem_of
 from vit_nabirds.models.normalization import RANGES, Normalization, are_valid
 from vit_nabirds.models.pretrained.hf_config import architecture_of
@@ -21,7 +21,7 @@ def read_processor(processor: dict, hf: dict, file: Path) -> tuple[int, Normaliz
 
     def require(field: str, ok: bool, expected: str) -> None:
         if not ok:
-            raise UserError(f"{file}: {field} is {quoted(processor.get(field))}; {expected}.")
+            raise UserError(f"{file}: {field} is {shown(processor.get(field))}; {expected}.")
 
     for field in ("do_resize", "do_rescale"):
         require(field, processor.get(field, True) is True, "only true is supported")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from vit_nabirds.errors import UserError, quoted
+from vit_nabirds.errors import UserError, shown
 from vit_nabirds.models.pretrained.hf_config import DEFAULTS, read_json
 
 SHARD = re.compile(r"[\w-][\w.-]{0,199}\.safetensors")  # a name in the folder itself
@@ -30,7 +30,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         for stored, tensor in _stored(file):
             name, tensor = _canonical(stored, tensor)
             if name in tensors:
-                raise UserError(f"{file}: the tensor {quoted(name)} is there twice: fetch the checkpoint again.")
+                raise UserError(f"{file}: the tensor {shown(name)} is there twice: fetch the checkpoint again.")
             tensors[name] = tensor
     return tensors
 
