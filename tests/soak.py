@@ -42,13 +42,13 @@ class Soak:
                 cwd=REPOSITORY, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
 
-    def steps(self) -> dict[int, float]:
-        """The losses in metrics.jsonl, by step."""
+    def steps(self) -> dict[int, tuple[float, float]]:
+        """By step, the loss in metrics.jsonl and when it was written."""
         found = {}
         for line in read(self.workdir / "metrics.jsonl").splitlines():
             try:
                 line = json.loads(line)
-                found |= {line["step"]: line["train/loss"]} if "train/loss" in line else {}
+                found |= {line["step"]: (line["train/loss"], line["time"])} if "train/loss" in line else {}
             except (ValueError, KeyError, TypeError):
                 continue
         return found
@@ -75,9 +75,9 @@ class Soak:
     def account(self) -> None:
         """Compare what it has trained with what was trained before, and look for gaps."""
         found = self.steps()
-        again = {step for step in found.keys() & self.losses.keys()}
+        again = {step for step in found.keys() & self.losses.keys() if found[step] != self.losses[step]}
         self.repeated += len(again)
-        different = sorted(step for step in again if found[step] != self.losses[step])
+        different = sorted(step for step in again if found[step][0] != self.losses[step][0])
         self.check(not different, f"steps {different[:5]} have other losses than before")
         steps = sorted(found)
         self.check(steps == list(range(1, len(steps) + 1)), f"{len(steps)} steps up to {steps[-1:]} in metrics.jsonl")
