@@ -346,7 +346,7 @@ def test_a_model_is_of_sane_sizes_or_refused(fields):
         with only_user_errors():
             architecture = architecture_of(read_config(Path(name)))
             assert problem_of(architecture) is None
-            assert architecture["num_layers"] <= 1000 and architecture["mlp_dim"] >= 1
+            assert architecture["num_layers"] <= 100 and architecture["mlp_dim"] >= 1
             assert len(mapping(architecture | {"num_layers": 1}, 1)) < 40
 
 
