@@ -19,10 +19,11 @@ def split_metrics(file: Path) -> tuple[list[dict], list[bytes]]:
 
 
 def _parsed(line: bytes) -> dict | None:
-    """An object with a step and numbers; None for anything else."""
+    """An object with a step and numbers, or lists of them; None for anything else."""
     try:
         value = parse_object(line)
     except ValueError:
         return None
     is_step = type(value.get("step")) is int and value["step"] >= 0
-    return value if is_step and all(type(x) in (int, float) and abs(x) < 1e300 for x in value.values()) else None
+    numbers = [x for entry in value.values() for x in (entry if isinstance(entry, list) else [entry])]
+    return value if is_step and all(type(x) in (int, float) and abs(x) < 1e300 for x in numbers) else None
