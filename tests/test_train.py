@@ -379,7 +379,7 @@ def test_parameters_that_overflow_are_not_saved(tiny_config, tmp_path):
 
 
 def test_a_run_whose_losses_stay_not_finite_ends_with_the_state_before_them(tiny_config, tmp_path, caplog):
-    tiny_config.optimizer.name, tiny_config.optimizer.learning_rate = "sgd", 1e30
+    tiny_config.optimizer.name, tiny_config.optimizer.learning_rate = "sgd", 1e9
     tiny_config.max_bad_steps, tiny_config.checkpoint.every = 3, "1 step"
     tiny_config.evaluate.every = "100 epochs"
     with pytest.raises(UserError, match=r"the last 3 steps up to \d+ changed nothing, .* is saved: lower"):
