@@ -101,7 +101,7 @@ def changed(original: dict, paths: st.SearchStrategy, most: int = 3) -> st.Searc
             for name in parents:
                 place = place.setdefault(name, {}) if isinstance(place, dict) else {}
             if isinstance(place, dict):
-                place[last] = new
+                place[last] = copy.deepcopy(new)  # of the strategy, which is drawn from again
         return value
 
     return st.lists(st.tuples(paths, ANYTHING), min_size=1, max_size=most).map(change)
