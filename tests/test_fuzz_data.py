@@ -289,7 +289,7 @@ def changed_frame(draw, frame: pl.DataFrame) -> bytes:
         elif act == 2:
             values = columns[name].to_list()
             values[draw(st.integers(0, len(values) - 1))] = draw(st.none() | VALUES.get(columns[name].dtype, st.none()))
-            columns[name] = pl.Series(values, dtype=columns[name].dtype)
+            columns[name] = pl.Series(values, dtype=columns[name].dtype, strict=False)
         else:
             dtype = draw(st.sampled_from(list(VALUES)))
             values = draw(st.lists(st.none() | VALUES[dtype], min_size=frame.height, max_size=frame.height))

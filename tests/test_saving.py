@@ -27,9 +27,9 @@ from vit_nabirds.runs.selection import Selection
 METADATA = Metadata({}, {}, ["wren"], Normalization(), "data")
 
 
-def save(folder: Path, step: int, parts: dict) -> None:
+def save(folder: Path, step: int, parts: dict, metadata: Metadata = METADATA) -> None:
     with contextlib.closing(Checkpoints(folder)) as saved:
-        saved.save(step, parts, digest(parts), METADATA)
+        saved.save(step, parts, digest(parts), metadata)
 
 
 def restore(folder: Path, step: int, like: dict) -> dict:
@@ -196,18 +196,18 @@ def open_folder():
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="root alone can become another user")
 @pytest.mark.parametrize("part", ["_CHECKPOINT_METADATA", "params/_METADATA", "params/d", "params", "."])
-def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(open_folder, part):
+def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(undisturbed, open_folder, part):
     import grp  # noqa: F401 (Orbax imports it to describe what it may not read)
     import pwd  # noqa: F401
 
     folder = open_folder / "checkpoints"
     parts = {"params": {"kernel": jnp.ones(8)}, "training": {"step": jnp.zeros((), jnp.int32)}}
     for step in (1, 2):
-        save(folder, step, parts)
+        save(folder, step, parts, metadata_of(undisturbed))
     like = placed(jax.eval_shape(lambda: parts), devices.replicated(devices.make_mesh()))
 
     def read():
-        assert existing(folder)[1].species == ["wren"]
+        assert existing(folder)[1].config["batch_size"] == 8
         return restore(folder, 2, like)
 
     assert read()["params"]["kernel"].sum() == 8

@@ -371,7 +371,8 @@ def test_a_workdir_that_is_removed_is_noticed_at_the_next_save(tiny_config, tmp_
 
 def test_parameters_that_overflow_are_not_saved(tiny_config, tmp_path):
     """Their loss is still finite: the next one is not."""
-    tiny_config.optimizer.name, tiny_config.optimizer.learning_rate = "sgd", 3e38
+    tiny_config.optimizer.name, tiny_config.optimizer.learning_rate = "sgd", 3e8
+    tiny_config.optimizer.rules = ".* lr=1e30"
     tiny_config.optimizer.warmup, tiny_config.checkpoint.every = "0 steps", "1 step"
     with pytest.raises(UserError, match="the parameters after step 1 are not finite: lower"):
         train(tiny_config, tmp_path)

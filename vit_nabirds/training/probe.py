@@ -19,6 +19,7 @@ from vit_nabirds.parallel import devices
 from vit_nabirds.parallel.group import ProcessGroup
 from vit_nabirds.parallel.locks import lock
 from vit_nabirds.parallel.preemption import EXIT_STOPPED, StopRequest
+from vit_nabirds.parallel.watchdog import Watchdog
 from vit_nabirds.runs.checkpoints import Checkpoints, existing
 from vit_nabirds.runs.compiled import keep_compiled
 from vit_nabirds.runs.files import write_json
@@ -57,6 +58,7 @@ def probe(
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         devices.split_cpu(config.cpu_devices)  # before Orbax asks for devices
+        watchdog = stack.enter_context(Watchdog(config.watchdog_timeout.seconds, group, lambda: stop.requested))
         config = _as_found(config, workdir, tried)
         if config.data.synthetic:
             prepare_synthetic(Path(config.data.root), config.model.image_size)
@@ -72,10 +74,10 @@ def probe(
         if checkpoints.steps != run.saved_steps:
             raise UserError(f"another process has just trained in {workdir}: run the same command again.")
         keep_compiled(workdir / "compiled", True)
-        if not run.saved_steps and (run := search(run, loaded, tried, checkpoints, stop)) is None:
+        if not run.saved_steps and (run := search(run, loaded, tried, checkpoints, stop, watchdog)) is None:
             return _stopped()
         tracker = stack.enter_context(contextlib.closing(Tracker(workdir, run.plan, run.plan.total_steps, True)))
-        results = Evaluator(run, tracker, checkpoints, stop, True).finish(run.plan.total_steps)
+        results = Evaluator(run, tracker, checkpoints, stop, watchdog, True).finish(run.plan.total_steps)
         if results is None:
             return _stopped()
         write_json(workdir / "results.json", results | {"sweep": _read_sweep(workdir)["found"]})
@@ -83,7 +85,9 @@ def probe(
     return FINISHED
 
 
-def search(run: Run, loaded: dict, tried: dict, checkpoints: Checkpoints, stop: StopRequest) -> Run | None:
+def search(
+    run: Run, loaded: dict, tried: dict, checkpoints: Checkpoints, stop: StopRequest, watchdog: Watchdog
+) -> Run | None:
     """Train and compare all classifiers, and save the best with its model as the run's last step.
 
     Returns the run as if it had been configured with what was found; None after a request to stop.
@@ -102,8 +106,9 @@ def search(run: Run, loaded: dict, tried: dict, checkpoints: Checkpoints, stop: 
         log.info("%s", line)
     run = configured(run, best)
     _record(run, best, found, tried)
-    Saver(run, checkpoints, True).save(run.plan.total_steps, with_candidate(state, best, run.plan.total_steps))
-    checkpoints.wait()
+    saver = Saver(run, checkpoints, watchdog, ProcessGroup())
+    saver.save(run.plan.total_steps, with_candidate(state, best, run.plan.total_steps))
+    saver.finish()
     return run
 
 
