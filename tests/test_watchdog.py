@@ -133,6 +133,27 @@ def test_work_that_makes_progress_may_last(quick):
     assert "waits for a checkpoint to be written" in group.ended
 
 
+def test_a_request_to_stop_hurries_the_input_once(quick, monkeypatch):
+    """Those that take the place of hurried workers need time to start."""
+    monkeypatch.setattr(watchdog, "HURRY", 0.2)
+    remedied = []
+    with Watchdog(100, Recorder(), lambda: True) as dog:
+        for _ in range(2):
+            with dog.waits_for("photographs", lambda: remedied.append(True)):
+                time.sleep(0.6)
+    assert len(remedied) == 1
+
+
+def test_only_process_0_judges_so_that_all_others_are_seen_to_stand(quick):
+    group = Recorder(1, 2)
+    with Watchdog(0.3, group) as dog:
+        with dog.waits_for("photographs"):
+            pass
+        time.sleep(1)
+        assert group.state()["seconds"] > 0.6
+    assert group.state()["seconds"] >= 0.3  # having left, it stands for ever
+
+
 def test_nothing_counts_before_the_first_wait(quick):
     group = Recorder()
     with Watchdog(0.2, group):

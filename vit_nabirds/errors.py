@@ -35,7 +35,8 @@ _STORAGE = {getattr(errno, f"E{name}") for name in _STORAGE_ERRORS.split()}
 
 # Of a node, of storage, or of memory that other jobs take too.
 _TRANSIENT_ERRORS = (
-    "AGAIN BUSY CONNREFUSED CONNRESET DQUOT HOSTUNREACH IO NOLCK NOMEM NOSPC NOTCONN ROFS STALE TIMEDOUT"
+    "AGAIN BUSY CONNREFUSED CONNRESET DQUOT HOSTDOWN HOSTUNREACH IO NOLCK NOMEM NOSPC NOTCONN ROFS SHUTDOWN STALE "
+    "TIMEDOUT"
 )
 _TRANSIENT = {getattr(errno, f"E{name}") for name in _TRANSIENT_ERRORS.split()}
 WORKER_LOST = "Worker process was terminated unexpectedly"  # as Grain says
@@ -50,13 +51,22 @@ def exit_code_of(error: BaseException) -> int:
     if isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno in _TRANSIENT:
         return TransientError.exit_code
     text = str(error)
+    if _number_in(text) in _TRANSIENT:
+        return TransientError.exit_code
     return TransientError.exit_code if _TRANSIENT_WORDS.search(text) or any(map(text.count, _FULL[:2])) else 1
 
 
 def reason_of(error: BaseException) -> str:
     """What the system says in the error of a library."""
-    full = [text for text in _FULL if text in str(error)]
-    return full[0] if full else getattr(error, "strerror", None) or str(error).splitlines()[0]
+    text = str(error)
+    if number := _number_in(text):
+        return os.strerror(number)
+    return getattr(error, "strerror", None) or next((full for full in _FULL if full in text), text.splitlines()[0])
+
+
+def _number_in(text: str) -> int:
+    """The system's number of the error that a message of TensorStore is about, or 0."""
+    return int((re.findall(r"os_error_code='(\d{1,5})'", text) or [0])[0])
 
 
 def remedy_of(error: OSError) -> str:

@@ -48,7 +48,10 @@ class ImageFiles:
             if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
                 raise ValueError("it is no regular file")
             if leads_out(self.folder, self.paths[int(index)]):
-                raise ValueError(f"it leads out of {self.folder} through a link")
+                raise UserError(
+                    f"{file} leads out of {self.folder} through a link: copy the photographs there (cp -rL), or link "
+                    "the whole folder."
+                )
             if status.st_size > 2**16 + 16 * out.size:
                 raise ValueError(f"it has {status.st_size:,} bytes, too many for {self.size} x {self.size} pixels")
             data = file.read_bytes()

@@ -39,7 +39,7 @@ class ProcessGroup:
         # Process 0 is connected to all others, by their ids; they are connected to process 0.
         self._peers: dict[int, tuple[socket.socket, str]] = {}
         self._failing, self._writing = threading.Lock(), threading.Lock()
-        self._states, self._heard = {}, threading.Condition()
+        self._states, self._heard, self._gone = {}, threading.Condition(), set()
         self.state: Callable[[], dict] = dict  # what this process tells the others about itself (`ask`)
 
     @property
@@ -110,9 +110,10 @@ class ProcessGroup:
 
     def ask(self, seconds: float) -> dict[int, dict | None]:
         """The `state` of each process that this one is connected to: of all, or of process 0. None: no answer."""
+        asked = self._peers.keys() - self._gone
         with self._heard:
-            self._states = dict.fromkeys(self._peers)
-        self._tell(self._peers, ask=True)
+            self._states = dict.fromkeys(asked)
+        self._tell(asked, ask=True)
         with self._heard:
             self._heard.wait_for(lambda: None not in self._states.values(), seconds)
             return dict(self._states)
@@ -191,6 +192,7 @@ class ProcessGroup:
                     break
                 words = {}
         if "goodbye" in words:
+            self._gone.add(process_id)
             return
         message, code = words.get("message"), words.get("code", 1)
         if not words and (self.is_writer or self.process_id == 1 or LOCAL_ID == "0"):

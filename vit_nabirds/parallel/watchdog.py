@@ -5,12 +5,13 @@ stand still until its time is up.
 """
 
 import contextlib
+import dataclasses
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Self
 
 from vit_nabirds.parallel.group import ProcessGroup
 
@@ -21,7 +22,8 @@ ANSWERING = 15.0  # seconds in which a process that runs answers the others, of 
 OTHERS = "the devices, or the other processes"
 
 
-class _Wait(NamedTuple):
+@dataclasses.dataclass
+class _Wait:
     what: str
     remedy: Callable[[], object] | None = None
     progress: Callable[[], object] = lambda: None
@@ -38,7 +40,7 @@ class Watchdog:
         """`timeout` in seconds; 0: never. While `stopping()`, input that hangs is put right at once."""
         self._answering = min(ANSWERING, timeout / 4)
         self._timeout, self._group, self._stopping = timeout, group, stopping
-        self._idle, self._wait, self._has_begun = 0.0, _Wait(OTHERS), False
+        self._idle, self._wait, self._has_begun, self._has_hurried = 0.0, _Wait(OTHERS), False, False
         self._main, self._closed = threading.get_ident(), threading.Event()
 
     def __enter__(self) -> Self:
@@ -49,6 +51,7 @@ class Watchdog:
 
     def __exit__(self, *_: object) -> None:
         self._closed.set()
+        self._group.state = lambda: {"waits_for": OTHERS, "seconds": self._timeout}  # for others that still watch
 
     @contextlib.contextmanager
     def waits_for(
@@ -75,10 +78,12 @@ class Watchdog:
             if (progress := (wait.what, wait.progress())) != seen or _is_compiling(self._main):
                 seen, self._idle = progress, 0.0
             self._idle += ran
-            if wait.remedy and self._idle > (HURRY if self._stopping() else self._timeout / 4):
-                self._wait = wait._replace(remedy=None)
-                wait.remedy()
-            if self._has_begun and self._idle > self._timeout:
+            hurries = self._stopping() and not self._has_hurried  # new workers take longer to start
+            if wait.remedy and self._idle > (HURRY if hurries else self._timeout / 4):
+                remedy, wait.remedy, self._has_hurried = wait.remedy, None, self._has_hurried or hurries
+                remedy()
+            # Only process 0 judges: if each started to count from new by itself, none would ever see all others stand.
+            if self._group.is_writer and self._has_begun and self._idle > self._timeout:
                 self._judge()
             unasked += ran
             if unasked > self._timeout / 3:
@@ -98,10 +103,9 @@ class Watchdog:
         self._idle = 0.0
         if None in states.values() or any(state["seconds"] < self._timeout / 2 for state in states.values()):
             return
-        if self._group.is_writer:
-            stuck = [number for number, state in states.items() if state["waits_for"] != OTHERS] or list(states)
-            waits = f"has not moved for {self._timeout / 60:.3g} minutes. It waits for {states[stuck[0]]['waits_for']}"
-            self._end(stuck[0], waits)
+        stuck = [number for number, state in states.items() if state["waits_for"] != OTHERS] or list(states)
+        waits = f"has not moved for {self._timeout / 60:.3g} minutes. It waits for {states[stuck[0]]['waits_for']}"
+        self._end(stuck[0], waits)
 
     def _end(self, process_id: int, what: str) -> None:
         name = self._group.name_of(process_id)

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -134,10 +134,10 @@ def free_name(path: Path) -> Path:
 
 class Checkpoints:
     """The folder `checkpoints` of a run. The two newest are kept (if the machine dies while one is written, the other
-    is whole), and those whose steps are in `keep`."""
+    is whole), and those that `keep` names of all steps."""
 
     def __init__(self, folder: Path, read_only: bool = False) -> None:
-        self.keep: Collection[int] = ()
+        self.keep: Callable[[list[int]], list[int]] = lambda steps: []
         self._saving, self._error = None, None  # the thread that waits for the save under way, and why that has failed
         self._newest = None  # step of the last save that is complete
         self._has_leftovers = False  # of saves that have failed, perhaps with threads that still write
@@ -159,8 +159,9 @@ class Checkpoints:
 
     def should_preserve(self, checkpoints: list, *, context: Any) -> list[bool]:
         """Orbax's PreservationPolicy."""
-        newest = [checkpoint.step for checkpoint in checkpoints][-2:]
-        return [checkpoint.step in (*newest, *self.keep) for checkpoint in checkpoints]
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*steps[-2:], *self.keep(steps)}
+        return [step in kept for step in steps]
 
     @property
     def steps(self) -> list[int]:
@@ -277,6 +278,7 @@ class Checkpoints:
         error, self._saving, self._error = self._error, None, None
         if error:
             if jax.process_count() == 1:  # the old one would raise this error again
+                threading.Thread(target=_close, args=[self._orbax], daemon=True).start()
                 self._orbax, self._has_leftovers = self._open(), True
             raise error
 
@@ -358,6 +360,11 @@ def base_checksum(digests: Mapping[str, str]) -> str:
 
 def _described(array: jax.Array | jax.ShapeDtypeStruct, found: Digest | None = None) -> list:
     return [str(array.dtype), list(array.shape), *([found.checksum] if found else [])]
+
+
+def _close(orbax: ocp.training.Checkpointer) -> None:
+    with contextlib.suppress(Exception):  # that of the save that has failed
+        orbax.close()
 
 
 def _are_described(parts: object) -> bool:

@@ -58,7 +58,6 @@ class Evaluator:
             selection.evaluations[step] = scores.named(split)
             if self._is_writer:
                 self._write_selection()
-            self._checkpoints.keep = selection.keep([*self._checkpoints.steps, step])
         return scores is not None
 
     def _write_selection(self) -> None:

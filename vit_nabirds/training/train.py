@@ -81,7 +81,7 @@ def train(
             write_json(workdir / "config.json", run.metadata.config)
             run.selection.write()
         keep_compiled(workdir / "compiled", group.is_writer)
-        checkpoints.keep = run.selection.keep(checkpoints.steps)
+        checkpoints.keep = run.selection.keep
         with damage_set_aside(workdir):
             state = run.restore(checkpoints, loaded) if run.saved_steps else run.first_state(loaded)
         del loaded
