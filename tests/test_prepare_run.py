@@ -1,16 +1,12 @@
 """Before a run starts: every mistake is found, and nothing is written."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from tiny_runs import prepared_run, train
+from tiny_runs import prepared_run, train, with_own_mounts
 
 from vit_nabirds.errors import ConfigError, UserError
-
-TESTS = Path(__file__).parent
 
 
 def change(field, value):
@@ -122,25 +118,7 @@ print("prepared", run.compile_step().memory_analysis().temp_size_in_bytes, len(r
 
 def test_a_run_is_prepared_on_a_read_only_file_system(prepared, tmp_path):
     (tmp_path / "mounted").mkdir()
-    command = [
-        "unshare",
-        "-m",
-        "bash",
-        "-c",
-        READ_ONLY,
-        "bash",
-        tmp_path / "mounted",
-        prepared,
-        sys.executable,
-        PREPARE,
-    ]
-    path = {"PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | path)
-    except FileNotFoundError:
-        pytest.skip("needs unshare of util-linux")
-    if done.returncode and any(line.startswith(("unshare:", "mount:")) for line in done.stderr.splitlines()):
-        pytest.skip(f"may not mount: {done.stderr.strip()}")
+    done = with_own_mounts(READ_ONLY, tmp_path / "mounted", prepared, sys.executable, PREPARE)
     assert done.returncode == 0, done.stderr
     word, memory, photographs = done.stdout.split()[-3:]
     assert word == "prepared" and int(memory) > 0 and int(photographs) == 40

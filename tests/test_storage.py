@@ -1,15 +1,10 @@
 """A training whose disk is full for a while: on a real file system."""
 
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
-import pytest
-from tiny_runs import losses, steps_of
+from tiny_runs import losses, steps_of, with_own_mounts
 
-TESTS = Path(__file__).parent
 MOUNTED = """
 set -e
 mount -t tmpfs -o size=40m tmpfs "$1"
@@ -51,14 +46,7 @@ def trained(prepared, tmp_path, until: str) -> str:
     it can be read, is `tmp_path / "run"` then."""
     (top := tmp_path / "mounted").mkdir()
     code = TRAIN.format(top=str(top), data=str(prepared), until=until)
-    command = ["unshare", "-m", "bash", "-c", MOUNTED, "bash", top, tmp_path, sys.executable, code]
-    path = {"PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | path)
-    except FileNotFoundError:
-        pytest.skip("needs unshare of util-linux")
-    if done.returncode and any(line.startswith(("unshare:", "mount:")) for line in done.stderr.splitlines()):
-        pytest.skip(f"may not mount: {done.stderr.strip()}")
+    done = with_own_mounts(MOUNTED, top, tmp_path, sys.executable, code)
     assert "Traceback" not in done.stderr, done.stderr
     return done.stdout + done.stderr
 

@@ -3,13 +3,16 @@
 import contextlib
 import ctypes
 import logging
+import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
@@ -29,6 +32,20 @@ def train(config: ConfigDict, workdir: Path, **options) -> int:
 
 def prepared_run(config: ConfigDict, workdir: Path) -> Run:
     return prepare_run(Config.read(config), workdir, ProcessGroup())
+
+
+def with_own_mounts(script: str, *arguments) -> subprocess.CompletedProcess:
+    """Run a bash script that may mount what only it sees. The test is skipped where that is not allowed."""
+    tests = Path(__file__).parent
+    path = {"PYTHONPATH": f"{tests}:{tests.parent}"}
+    try:
+        command = ["unshare", "-m", "bash", "-c", script, "bash", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | path)
+    except FileNotFoundError:
+        pytest.skip("needs unshare of util-linux")
+    if done.returncode and any(line.startswith(("unshare:", "mount:")) for line in done.stderr.splitlines()):
+        pytest.skip(f"may not mount: {done.stderr.strip()}")
+    return done
 
 
 @contextlib.contextmanager

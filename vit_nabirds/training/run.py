@@ -25,7 +25,7 @@ from vit_nabirds.data.batches import (
     train_batches,
     unwatched,
     worker_count,
-)  # fmt: skip
+)
 from vit_nabirds.data.photographs import Photographs, check_labels, check_sizes, open_split
 from vit_nabirds.data.table import class_differences, class_names, fingerprint, read_table, settings_of
 from vit_nabirds.data.taxonomy import Taxonomy, read_taxonomy
