@@ -118,13 +118,13 @@ def _decode_unusual_sampling(file: bytes) -> np.ndarray:
 
 def _has_all_scans(file: bytes, header: Header) -> bool:
     """Whether each coefficient of each component comes in some scan, down to its last bit."""
-    scans, _ = _scans(file, header)
-    if len(scans) > _MOST_SCANS:
-        raise ValueError(f"a JPEG with {len(scans):,} scans, more than any program writes")
     first, components = header.segments[-1], header.frame[9]
     progressive = header.frame[1] in _PROGRESSIVE
     if not progressive and file[first[1] + 4] == components:
         return True
+    scans, _ = _scans(file, header)
+    if len(scans) > _MOST_SCANS:
+        raise ValueError(f"a JPEG with {len(scans):,} scans, more than any program writes")
     missing = {header.frame[10 + 3 * i]: np.ones(64, int) for i in range(components)}
     for scan in scans:
         selected = scan[5 : 5 + 2 * scan[4] : 2]
