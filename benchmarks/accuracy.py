@@ -24,6 +24,7 @@ from benchmarks.contest import MALLOC, ROOT
 from configs import birds60
 from vit_nabirds.config import Config
 from vit_nabirds.config.fields import flat, with_defaults
+from vit_nabirds.data.images import open_images
 from vit_nabirds.data.table import read_table
 from vit_nabirds.errors import ConfigError, UserError, say
 from vit_nabirds.parallel.locks import lock
@@ -112,12 +113,13 @@ def run(
     return failed
 
 
-def _inputs(data: Path, weights: Path | None) -> dict[str, str]:
-    """Their fields, with absolute paths; UserError if they are not there."""
-    read_table(data)
+def _inputs(data: Path, weights: Path | None) -> dict[str, object]:
+    """Their fields, with absolute paths; UserError if they are not there. The data decide how large images are."""
+    size = open_images(data, read_table(data), False).size
     if weights and not (weights / "config.json").is_file():
         raise UserError(f"{weights} has no config.json: give a folder of pretrained weights.")
-    return {"data.root": str(data.resolve()), "model.pretrained": str(weights.resolve()) if weights else ""}
+    pretrained = str(weights.resolve()) if weights else ""
+    return {"data.root": str(data.resolve()), "model.pretrained": pretrained, "model.image_size": size}
 
 
 def _drawn(folder: Path) -> Path:
