@@ -199,6 +199,7 @@ def _table(out: Path, names: list[str], seeds: int) -> tuple[str, dict[str, dict
             "highest": max(tests),
             f"− {PLAIN}": statistics.mean(paired) if paired else "–",  # with the same seeds
             "validation %": statistics.mean(x["validation %"] for x in found),
+            "last test %": statistics.mean(x["last test %"] for x in found),
             "hours a run": statistics.mean(x["hours"] for x in found),
         }
     examples = next(x["examples"] for found in runs.values() for x in found)
