@@ -77,9 +77,10 @@ def of_duration(run: Run, speed: Speed | None, limit: float | None, leave: float
     seconds = START + (steps * run.config.batch_size + FORWARD * scored) / speed.images
     about = "at least" if speed.is_bound else "about"
     evaluated = f" and {counted(evaluations, 'evaluation')}" if evaluations else ""
+    rate = f"{speed.images:,.0f}" if speed.images >= 100 else f"{speed.images:.3g}"
     lines = [
         f"duration     {about} {in_words(seconds)} for {counted(steps, 'step')}{evaluated}",
-        f"             at {speed.images:,.4g} images/s, {speed.source}",
+        f"             at {rate} images/s, {speed.source}",
     ]
     if limit is None or limit == math.inf:
         return Findings(lines)

@@ -65,7 +65,7 @@ def damaged(run: Run) -> Findings:
     console, started = Console(stderr=True), time.perf_counter()
     bar = functools.partial(track, console=console, transient=True, disable=not sys.stderr.isatty())
     found = {
-        name: [problem for problem in bar(_problems(split), f"{name} photographs", len(split)) if problem]
+        name: [problem for problem in bar(_problems(split), f"{SPLITS[name]} photographs", len(split)) if problem]
         for name, split in run.splits.items()
     }
     count = sum(map(len, run.splits.values()))

@@ -12,7 +12,7 @@ from vit_nabirds.parallel import accelerators, gpus
 from vit_nabirds.parallel.accelerators import Seen
 
 WAIT = 60  # seconds for Slurm's answer
-AWAY = re.compile(r"Unable to contact|timed out|Communication connection failure|Zero Bytes were transmitted", re.I)
+AWAY = re.compile(r"Unable to contact|timed out|connection failure|Zero Bytes|configuration (source|file)", re.I)
 STOPPED = 180.0  # seconds before its limit that the scripts of launch/ have a job stopped
 
 
