@@ -1,7 +1,8 @@
 # The body of every job. The *.sbatch files source it; they differ only in the resources they request. In the checkout,
-#   launch/train.sbatch [--dry-run] [--OPTION=VALUE ...] -- --workdir=DIR [TRAINING OPTION ...]
-# submits a job, or with --dry-run shows what it would submit. Options before `--` go to sbatch, those after it to the
-# trainer. `sbatch [--OPTION=VALUE ...] launch/train.sbatch --workdir=DIR ...` works too. Environment variables:
+#   launch/train.sbatch [--dry-run] [--check] [--OPTION=VALUE ...] -- --workdir=DIR [TRAINING OPTION ...]
+# submits a job, with --check only if `main.py check` finds nothing to fix (--check=h100 names the GPUs where no option
+# does), or with --dry-run shows what it would submit. Options before `--` go to sbatch, those after it to the trainer.
+# `sbatch [--OPTION=VALUE ...] launch/train.sbatch --workdir=DIR ...` works too. Environment variables:
 #   VENV            virtual environment (default: .venv)
 #   STAGE           prepared folder, packed or in a .tar file: copied to each node's local disk before the training and
 #                   used as config.data.root
@@ -10,6 +11,11 @@
 set -uo pipefail
 die() { echo "error: $1" >&2; exit 2; }
 quoted() { printf ' %q' "$@"; echo; }
+activated() {
+    local environment=${VENV:-.venv}/bin/activate
+    [ -f "$environment" ] || die "there is no virtual environment ${VENV:-.venv}: see BUILD.md, or set VENV."
+    source "$environment"
+}
 # Options that replace one of the scripts' own, which Slurm would refuse beside them.
 declare -A instead=(
     [mem]=mem-per-cpu [mem-per-gpu]=mem-per-cpu [ntasks]=ntasks-per-node [ntasks-per-gpu]=ntasks-per-node
@@ -17,19 +23,21 @@ declare -A instead=(
     [tres-per-task]=cpus-per-task [share]=exclusive [oversubscribe]=exclusive
 )
 
-submitting=no dry_run=no
+submitting=no dry_run=no checking=no described=()
 requested=("${resources[@]}")
 if [ -z "${SLURM_JOB_ID:-}" ] || [[ " $* " == *" -- "* ]]; then # also inside an allocation, when called by hand
     submitting=yes
     while [ $# -gt 0 ] && [ "$1" != -- ]; do
         case $1 in
             --dry-run) dry_run=yes ;;
+            --check) checking=yes ;;
+            --check=?*) checking=yes described=("--gpus=${1#*=}") ;;
             --*) requested+=("$1") ;;
             *) die "'$1': write sbatch's options like --nodes=2, then --, then those of the trainer." ;;
         esac
         shift
     done
-    [ $# -gt 0 ] || die "usage: $job [--dry-run] [--OPTION=VALUE of sbatch ...] -- --workdir=DIR [TRAINING OPTION ...]"
+    [ $# -gt 0 ] || die "usage: $job [--dry-run] [--check] [--OPTION=VALUE of sbatch ...] -- --workdir=DIR [TRAINING OPTION ...]"
     shift
 fi
 
@@ -66,16 +74,25 @@ if [ $submitting = yes ]; then
     script=$(mktemp)
     trap 'rm -f "$script"' EXIT
     sed -e '' "${replaced[@]}" "$job" > "$script"
+    declare -A asked
+    while read -r option; do asked[${option%%=*}]=$option; done < <(
+        sed -n 's/^#SBATCH //p' "$script"
+        [ -z "$environment" ] || echo "$environment"
+        [ ${#requested[@]} -eq 0 ] || printf '%s\n' "${requested[@]}"
+    )
+    if [ $checking = yes ]; then
+        checked=()
+        for argument in "${training[@]:3}"; do [[ $argument == --start_timeout=* ]] || checked+=("$argument"); done
+        if [ -n "${STAGE:-}" ]; then
+            [ -d "${STAGE%.tar}" ] || die "--check reads the photographs: keep the folder ${STAGE%.tar} beside $STAGE, or leave out --check."
+            checked+=("--config.data.root=${STAGE%.tar}")
+        fi
+        (activated && python main.py check "${checked[@]}" "${asked[@]/#/--sbatch=}" "${described[@]}") || exit
+    fi
     if [ $dry_run = yes ]; then
         echo "command:"; quoted sbatch "${requested[@]}" "$job" "$@"
         diff "$job" "$script" | sed -n 's/^< #SBATCH/replaced:/p'
         echo "asks Slurm for:"
-        declare -A asked
-        while read -r option; do asked[${option%%=*}]=$option; done < <(
-            sed -n 's/^#SBATCH //p' "$script"
-            [ -z "$environment" ] || echo "$environment"
-            [ ${#requested[@]} -eq 0 ] || printf '%s\n' "${requested[@]}"
-        )
         printf '  %s\n' "${asked[@]}" | sort
         [ -z "${STAGE:-}" ] || { echo "on each node first:"; quoted launch/stage_data.sh "$STAGE"; }
         echo "each task:"; quoted "${training[@]}"
@@ -86,9 +103,7 @@ if [ $submitting = yes ]; then
     exit
 fi
 
-environment=${VENV:-.venv}/bin/activate
-[ -f "$environment" ] || die "there is no virtual environment ${VENV:-.venv}: see BUILD.md, or set VENV."
-source "$environment"
+activated
 export VIT_NABIRDS_TOKEN=${VIT_NABIRDS_TOKEN:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')} # keeps strangers out
 export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1} # memory in pages of 2 MB: BUILD.md
 mkdir -p "$workdir" || exit 1

@@ -3,7 +3,7 @@
 import os
 import subprocess
 
-from real_slurm import TINY, last_step, wait_until
+from real_slurm import REPOSITORY, TINY, last_step, wait_until
 from tiny_runs import read_evaluations
 
 
@@ -74,3 +74,24 @@ def test_a_job_goes_on_when_a_node_fails(slurm, prepared, tmp_path):
     slurm.run("scontrol", "update", f"NodeName={failed}", "State=RESUME")
     assert job.wait(180) == "COMPLETED", job.log()
     assert job.log().count("finished: ") == 1
+
+
+def test_a_job_is_submitted_only_if_nothing_is_to_be_fixed(slurm, prepared, tmp_path):
+    training = ["--", TINY, f"--config.data.root={prepared}", f"--workdir={tmp_path / 'run'}"]
+
+    def submit(*options, more=()):
+        layout = ["--nodes=2", "--cpus-per-task=1", f"--output={tmp_path / 'log'}", *options]
+        return slurm.run("launch/train.sbatch", "--check", *layout, *training, *more, cwd=REPOSITORY)
+
+    refused = submit("--partition=nowhere", "--time=3", more=["--config.batch_size=9", "--start_timeout=60"])
+    assert refused.returncode == 2, refused.stderr
+    assert "to fix:\n1. config.batch_size is 9, which 2 devices cannot share equally" in refused.stdout
+    assert "2. Slurm would refuse the job: " in refused.stdout and "invalid partition" in refused.stdout
+    assert "Submitted" not in refused.stdout and not (tmp_path / "run").exists()
+
+    taken = submit("--partition=high", "--begin=now+1hour")
+    assert taken.returncode == 0, taken.stdout + taken.stderr
+    assert "slurm        the job would start at " in taken.stdout and "in partition high\n" in taken.stdout
+    *_, verdict, submitted = taken.stdout.splitlines()
+    assert verdict == "ready" and submitted.startswith("Submitted batch job ")
+    assert slurm.run("scancel", submitted.split()[-1]).returncode == 0

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 import jax
 
 from vit_nabirds.audit import program
-from vit_nabirds.audit.estimate import Budget, bounds, largest_batch
+from vit_nabirds.audit.estimate import Bounds, Budget, bounds, largest_batch
+from vit_nabirds.audit.findings import gib
 from vit_nabirds.audit.program import Collective
 from vit_nabirds.errors import ConfigError
-from vit_nabirds.parallel.gpus import GIB, OPTIONS, Machines
+from vit_nabirds.parallel.gpus import OPTIONS, Machines
 from vit_nabirds.training.microbatch import Memory, largest_that_fits
 from vit_nabirds.training.run import Run
 from vit_nabirds.training.step import is_mixed
@@ -66,23 +67,27 @@ def _bytes(tree: object) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def gib(size: float) -> str:
-    if size < GIB / 10:
-        return f"{size / 2**20:.3g} MiB"
-    return f"{size / GIB:.2f} GiB" if size < 10 * GIB else f"{size / GIB:.1f} GiB"
+def checkpoint_bytes(run: Run) -> int:
+    """On storage; arrays are not compressed."""
+    return _bytes(run.state_shapes().parts(run.saved))
 
 
-def of_run(run: Run, step: Audit) -> Iterator[str]:
-    """What holds on any device: lines of the report."""
+def of_run(run: Run) -> Iterator[str]:
+    """What is known before anything is compiled: lines of the report."""
     sizes = {path: math.prod(x.shape) for path, x in run.model.shapes.items()}
     config, plan = run.config, run.plan
-    trained, stored = sum(sizes[path] for path in run.trainable), _bytes(run.state_shapes().parts(run.saved))
+    trained = sum(sizes[path] for path in run.trainable)
     yield f"data         {run.data_in_words}"
     yield f"model        {sum(sizes.values()):,} parameters, {trained:,} of them trained, in {config.compute_dtype}"
     yield (
         f"run          {plan.total_steps:,} steps of {config.batch_size:,} photographs, from step {run.start:,} on; "
-        f"a checkpoint takes {gib(stored)}"
+        f"a checkpoint takes {gib(checkpoint_bytes(run))}"
     )
+
+
+def of_step(run: Run, step: Audit) -> Iterator[str]:
+    """What holds of the compiled step on any device."""
+    config = run.config
     attention, share = "cuDNN" if sum(step.attentions) else "XLA", config.batch_size // run.mesh.size
     yield f"step         {step.flops / 1e12:.3g} TFLOP in products on each device; attention by {attention}"
     at_once = f"{step.microbatch:,} at once" if step.microbatch else "all at once"
@@ -100,11 +105,16 @@ def of_run(run: Run, step: Audit) -> Iterator[str]:
     )
 
 
-def of_gpus(run: Run, step: Audit, machines: Machines) -> Iterator[str]:
-    """What holds on these GPUs."""
+def bounds_of(run: Run, step: Audit, machines: Machines) -> Bounds:
+    """On these GPUs."""
     state = run.state_shapes()
     changed = _bytes({path: state.params[path] for path in run.trainable}) + _bytes(state.opt_state)
-    limits = bounds(machines, run.config.compute_dtype, step.flops, step.memory.arguments + changed, step.sent)
+    return bounds(machines, run.config.compute_dtype, step.flops, step.memory.arguments + changed, step.sent)
+
+
+def of_gpus(run: Run, step: Audit, machines: Machines) -> Iterator[str]:
+    """What holds on these GPUs."""
+    limits = bounds_of(run, step, machines)
     network = f" at {machines.gpu.network / 1e9:.0f} GB/s for each GPU between nodes" if machines.nodes > 1 else ""
     yield (
         f"time         at least {1e3 * limits.step:.3g} ms a step: products {1e3 * limits.products:.3g}, "

@@ -200,7 +200,7 @@ def _prepare_images(
 ) -> tuple[pl.DataFrame, int]:
     """Make the images that no earlier run has finished. Returns the table of what can be used, with what was found, and
     the number of images made; counts oddities in `notes`."""
-    sources = _list_files(read.folder, {os.path.dirname(source) for source in read.table["source"].unique()})
+    sources = list_files(read.folder, {os.path.dirname(source) for source in read.table["source"].unique()})
     table = read.table.with_columns(missing=~pl.col("source").is_in(list(sources)))
     cleaned, known = out / "cleaned_images", _known_checksums(out)
     present = _start(out, table, stored)
@@ -231,7 +231,7 @@ def _start(out: Path, table: pl.DataFrame, stored: dict) -> set[str]:
         raise UserError(
             f"{quoted(cleaned / led[0], 1000)}: a link out of {cleaned}. Remove it, or choose another --out."
         )
-    present = _list_files(cleaned, folders)
+    present = list_files(cleaned, folders)
     wanted = set(table.filter(~without_formulas(pl.col("source")).is_in(_skipped_before(out)))["path"])
     if not wanted <= present:
         discard_pack(out)
@@ -261,7 +261,7 @@ def _skipped_before(out: Path) -> list[str]:
         return []
 
 
-def _list_files(root: Path, folders: set[str]) -> set[str]:
+def list_files(root: Path, folders: set[str]) -> set[str]:
     """The names in `folders` under `root`, relative to it. Listed, because a cluster's disks are slow to stat each."""
     present = [folder for folder in folders if (root / folder).is_dir()]
     return {os.path.join(folder, name) for folder in present for name in os.listdir(root / folder)}

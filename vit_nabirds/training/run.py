@@ -93,10 +93,15 @@ class Run:
         return self.start < self.plan.total_steps and not self.has_converged
 
     @property
+    def splits(self) -> dict[str, Photographs]:
+        """Those that there are, by name."""
+        splits = {"train": self.train_split, "validation": self.validation_split, "test": self.test_split}
+        return {name: split for name, split in splits.items() if split}
+
+    @property
     def data_in_words(self) -> str:
         """Like '404 species, 21,536 train, 2,393 validation and 24,633 test photographs'."""
-        splits = {"train": self.train_split, "validation": self.validation_split, "test": self.test_split}
-        *most, last = [f"{len(split):,} {name}" for name, split in splits.items() if split]
+        *most, last = [f"{len(split):,} {name}" for name, split in self.splits.items()]
         what = "species" if self.config.data.label == "species" else "categories"
         return f"{self.model.num_classes:,} {what}, {', '.join(most)} and {last} photographs"
 
@@ -209,7 +214,7 @@ def prepare_run(
     shard = grain.sharding.ShardByJaxProcess(drop_remainder=True)
     worker_count(config.data.workers, train_split.is_packed, batch_bytes(train_split, config.batch_size, shard))
 
-    _check_workdir(workdir)
+    check_workdir(workdir)
     saved_steps, saved = existing(workdir / "checkpoints")
     if saved:
         architecture, normalization, pretrained = saved.architecture, saved.normalization, None
@@ -342,7 +347,8 @@ def _absolute(pretrained: str) -> str:
     return str(folder.resolve()) if pretrained and folder.is_dir() else pretrained
 
 
-def _check_workdir(workdir: Path) -> None:
+def check_workdir(workdir: Path) -> None:
+    """UserError if a file is where a run needs a folder, or the checkpoints of its results are gone."""
     checkpoints, results = workdir / "checkpoints", workdir / "results.json"
     for folder in (*reversed(workdir.absolute().parents), workdir, checkpoints):
         if folder.exists() and not folder.is_dir():
