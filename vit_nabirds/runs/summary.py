@@ -20,8 +20,6 @@ from vit_nabirds.runs.selection import TEST, by_step
 
 # Fields that change nothing in a finished run. Data and weights that lie elsewhere may be others.
 HARMLESS = re.compile(rf"(?!data\.root|model\.pretrained)({FREE_ON_RESUME.pattern})").fullmatch
-# Fields that change nothing in a finished run. Data and weights that lie elsewhere may be others.
-HARMLESS = re.compile(rf"(?!data\.root|model\.pretrained)({FREE_ON_RESUME.pattern})").fullmatch
 FINISHED, NOT_STARTED, DAMAGED = "finished", "not started", "damaged"
 
 
