@@ -61,7 +61,7 @@ tbody tr { border-top: 1px solid var(--line); }
 th:first-child, td.text { text-align: left; }
 tbody th { position: sticky; left: 0; background: var(--page); font-weight: 600; white-space: normal;
   overflow-wrap: anywhere; min-width: 9rem; max-width: 45vw; }
-td.text { white-space: normal; overflow-wrap: anywhere; }
+td.text { white-space: normal; overflow-wrap: anywhere; min-width: 8.5rem; max-width: 22rem; }
 small { display: block; color: var(--dim); }
 button { all: unset; box-sizing: border-box; width: 100%; padding: .4rem .7rem; cursor: pointer; font-weight: 600; }
 button:focus-visible { outline: 2px solid Highlight; outline-offset: -2px; }
@@ -92,7 +92,7 @@ th[aria-sort="descending"] button::after { content: " ▼"; }
 {% set cell = row[header] %}
 <td{% if cell.value is string %} class="text"{% endif %}
  data-value="{{ '' if cell.value is none else cell.value }}">{{ cell.text }}
-{%- if cell.note %}<small>{{ cell.note }}</small>{% endif %}</td>
+{%- if cell.note %}<small>({{ cell.note }})</small>{% endif %}</td>
 {% endfor %}
 </tr>
 {% endfor %}

@@ -18,8 +18,9 @@ from vit_nabirds.errors import UserError, reason_of
 from vit_nabirds.runs.metrics import read_metrics
 from vit_nabirds.runs.selection import TEST, by_step
 
-# Fields that change nothing in a finished run. Data and weights that lie elsewhere may be others.
-HARMLESS = re.compile(rf"(?!data\.root|model\.pretrained)({FREE_ON_RESUME.pattern})").fullmatch
+PLACES = ("data.root", "model.pretrained")  # of data and weights; elsewhere they may be others
+# Fields that change nothing in a finished run.
+HARMLESS = re.compile(rf"(?!{'|'.join(map(re.escape, PLACES))})({FREE_ON_RESUME.pattern})").fullmatch
 FINISHED, NOT_STARTED, DAMAGED = "finished", "not started", "damaged"
 
 
@@ -149,6 +150,7 @@ def changes(run: Summary, config: Config) -> dict[str, str]:
     changed = {}
     for name in (name for name, _ in fields() if run.config and not HARMLESS(name)):
         before, after = (operator.attrgetter(name)(config) for config in (run.config, config))
-        if after is not None and before != after:
+        is_same = before == after or name in PLACES and before == os.path.realpath(os.path.expanduser(after))
+        if after is not None and not is_same:
             changed[name] = f"{before} -> {after}"
     return changed
