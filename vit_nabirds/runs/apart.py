@@ -26,7 +26,7 @@ def train_apart(
         process = subprocess.Popen(command, stdout=log, stderr=log, pass_fds=[held], **options)
         while process.poll() is None:
             try:
-                process.wait(0.5)
+                process.wait(0.1)
             except subprocess.TimeoutExpired:
                 pass
             if stop.requested and not passed_on:
