@@ -130,7 +130,7 @@ def _checked(results: dict) -> dict:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The workdirs in a folder and below, the folder's own too, in the order of their names' numbers."""
+    """The workdirs in a folder and below, the folder's own too, in the order of the numbers in their names."""
     found = []
     for parent, folders, files in os.walk(folder):
         if "config.json" in files and ("checkpoints" in folders or {"metrics.jsonl", "results.json"} & set(files)):
@@ -140,8 +140,9 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def _natural(path: Path) -> list:
-    """So that run2 comes before run10."""
-    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", str(path))]
+    """So that run2 comes before run10, and rate=1e-05 before rate=0.0001."""
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", str(path))
+    return [(float(part), "") if number % 2 else (0.0, part) for number, part in enumerate(parts)]
 
 
 def changes(run: Summary, config: Config) -> dict[str, str]:
