@@ -46,6 +46,8 @@ def run(options, group) -> int:
 
     runs = planned(options.config, Path(options.workdir), options.set)
     index = number_of(options.index, len(runs))
+    if index is None:  # a task of an array may find data that were copied to its node
+        check_earlier(runs)
     if options.dry_run:
         if group.is_writer:
             print("\n".join(listed(runs) if index is None else [str(runs[index].workdir)]))
@@ -57,7 +59,6 @@ def run(options, group) -> int:
             f"sweep starts its trainings itself, but there are {group.num_processes} processes of it: start it as one "
             "task, or give each job the --index of its run."
         )
-    check_earlier(runs)
     return train_all(runs, [command_of(run, options["config"]) for run in runs], Path(options.workdir))
 
 
@@ -132,9 +133,7 @@ def name_of(values: dict[str, Any]) -> str:
 def listed(runs: list[Planned]) -> list[str]:
     """A line for each, with its number and state, and how to train them as jobs."""
     states = [read_summary(run.workdir).state for run in runs]
-    lines = [
-        f"{number:>4}  {state:<18} {run.workdir}" for number, (run, state) in enumerate(zip(runs, states, strict=True))
-    ]
+    lines = [f"{n:>4}  {state:<18} {run.workdir}" for n, (run, state) in enumerate(zip(runs, states, strict=True))]
     return [*lines, f"{len(runs)} runs: launch/train.sbatch --array=0-{len(runs) - 1} -- sweep … trains each in a job"]
 
 
@@ -175,18 +174,15 @@ def train_all(runs: list[Planned], commands: list[list[str]], folder: Path) -> i
             log.info("%d of %d: %s", number, len(runs), run.workdir / LOG)
             code, said = train_apart(command, run.workdir, held.fileno())
             if code == EXIT_STOPPED:
-                log.info("stopped, all saved: run the same command again to go on")
+                log.info("stopped: run the same command again to go on")
                 return EXIT_STOPPED
             if code:
                 failed[run.workdir.name] = code
                 log.error("%s: exit code %d: %s", run.workdir, code, said)
     show(views_of(rows_of([run.workdir for run in runs])))
     if failed:
-        kind = (
-            TransientError
-            if any(code < 0 or code == TransientError.exit_code for code in failed.values())
-            else UserError
-        )
+        may_be_gone_later = any(code < 0 or code == TransientError.exit_code for code in failed.values())
+        kind = TransientError if may_be_gone_later else UserError
         names = ", ".join(f"{name} (exit code {code})" for name, code in failed.items())
         raise kind(f"{len(failed)} of {len(runs)} runs failed: {names}. The same command trains them again.")
     return 0

@@ -4,7 +4,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 from vit_nabirds.parallel.preemption import EXIT_STOPPED, StopRequest
 
@@ -40,6 +40,6 @@ def train_apart(
         return code, _last_line(log) if code not in (0, EXIT_STOPPED) else ""
 
 
-def _last_line(log: TextIO) -> str:
+def _last_line(log: BinaryIO) -> str:
     log.seek(max(0, log.seek(0, 2) - TAIL))
     return (log.read().decode(errors="replace").splitlines() or ["no output"])[-1]
