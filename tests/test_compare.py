@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import shutil
 from pathlib import Path
@@ -164,7 +165,11 @@ def test_names_of_folders_move_no_cursor_and_format_nothing(runs, tmp_path, capf
     name = "[red]a\x1b[31m"
     copied(runs / "0.01,0", tmp_path / name)
     (tmp_path / "empty").mkdir()
-    out = "\n".join(compared(capfd, tmp_path / name, tmp_path / "empty"))
+    (tmp_path / os.fsdecode(b"\xff")).mkdir()
+    out = "\n".join(compared(capfd, *tmp_path.iterdir()))
+    for suffix in ("csv", "html"):
+        assert compared(capfd, *tmp_path.iterdir(), f"--out={tmp_path}/table.{suffix}") == []
+        assert r"\udcff" in (tmp_path / f"table.{suffix}").read_text()
     assert r"[red]a\x1b[31m" in out and "\x1b[31m" not in out and re.search(r"empty +not started", out)
 
 

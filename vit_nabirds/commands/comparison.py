@@ -88,7 +88,7 @@ def differing(rows: list[Row]) -> list[str]:
 
 def views_of(rows: list[Row]) -> list[View]:
     """The table of all runs and, if some differ in their seeds alone, that of their means."""
-    notes = [f"{row.name}: {row.run.problem}" for row in rows if row.run.problem]
+    notes = [visible(f"{row.name}: {row.run.problem}") for row in rows if row.run.problem]
     if any(filter(None, (interval for row in rows for interval in row.intervals.values()))):
         notes.append("95 % intervals in parentheses.")
     if any(row.run.state != FINISHED and row.value("validation") is not None for row in rows):
@@ -148,7 +148,7 @@ def _cell(name: str, row: Row) -> Cell:
     elif name.startswith(("validation", "test")):
         shown, short = "{:.4f}".format, "{:.3f}".format
     else:
-        return Cell(in_words(value), "", value)
+        return Cell(in_words(value), "", in_words(value) if isinstance(value, str) else value)
     return Cell(shown(value), "–".join(map(short, interval)) if interval else "", value)
 
 
@@ -176,7 +176,7 @@ def show(views: list[View]) -> None:
         for table in tables:
             console.print(table, "")
         for note in view.notes:
-            console.print(Text(visible(note), style="dim"))
+            console.print(Text(note, style="dim"))
 
 
 def _wide(view: View) -> Table:
