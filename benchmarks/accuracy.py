@@ -8,14 +8,13 @@ finished is not run again, also not after a change of the code: then use another
 predictions and log stay, and its checkpoints, the gigabyte, go.
 """
 
-import contextlib
+import functools
 import json
 import os
 import shutil
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -23,13 +22,14 @@ from typing import NoReturn
 from benchmarks.contest import MALLOC, ROOT
 from configs import birds60
 from vit_nabirds.config import Config
-from vit_nabirds.config.fields import flat, with_defaults
 from vit_nabirds.data.images import open_images
 from vit_nabirds.data.table import read_table
 from vit_nabirds.errors import ConfigError, UserError, say
 from vit_nabirds.parallel.locks import lock
 from vit_nabirds.parallel.preemption import EXIT_STOPPED
+from vit_nabirds.runs.apart import LOG, train_apart
 from vit_nabirds.runs.files import write_json
+from vit_nabirds.runs.summary import changes, read_summary
 
 PLAIN = "plain"  # the others' differences are from this one
 GENTLE = {
@@ -98,7 +98,7 @@ def run(
         for number, (workdir, fields) in enumerate(runs.items(), start=1):
             is_new = not (workdir / "results.json").exists()
             if is_new:
-                print(f"{number} of {len(runs)}: {workdir}/train.log", file=sys.stderr, flush=True)
+                print(f"{number} of {len(runs)}: {workdir / LOG}", file=sys.stderr, flush=True)
                 if problem := _train(workdir, fields, held.fileno()):
                     failed.append(f"{workdir}: {problem}")
                     say(failed[-1])
@@ -134,42 +134,28 @@ def _check(workdir: Path, fields: dict[str, object]) -> None:
     """ConfigError for a wrong field; UserError if the workdir holds a run with other ones."""
     config = birds60.get_config()
     config.update_from_flattened_dict(fields)
-    wanted = flat(json.loads(json.dumps(Config.read(config).to_dict())))
-    if (file := workdir / "config.json").exists():
-        has = flat(with_defaults(json.loads(file.read_text())))
-        # None: the run fills it in.
-        changed = [f"{name}: {has[name]} -> {x}" for name, x in wanted.items() if x is not None and has[name] != x]
-        if changed:
-            raise UserError(
-                f"{workdir} holds a run with another configuration ({'; '.join(changed)}): use another --out, or "
-                "delete that folder."
-            )
+    if changed := changes(read_summary(workdir), Config.read(config)):
+        raise UserError(
+            f"{workdir} holds a run with another configuration "
+            f"({'; '.join(f'{name}: {change}' for name, change in changed.items())}): use another --out, or delete "
+            "that folder."
+        )
 
 
 def _train(workdir: Path, fields: dict[str, object], held: int) -> str:
     """Start or resume a run, and wait for its end. Returns what went wrong, or nothing; a request to stop is passed on,
     and ends this process when all is saved."""
-    workdir.mkdir(parents=True, exist_ok=True)
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
     command = [sys.executable, "main.py", "--config=configs/birds60.py", f"--workdir={workdir}", *flags]
-    clock, before, start = workdir / "seconds.json", _seconds(workdir), time.monotonic()
-    with (workdir / "train.log").open("a+", errors="replace") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | MALLOC, stdout=log, stderr=log, pass_fds=[held])
-        try:
-            while process.poll() is None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(30)
-                write_json(clock, {"seconds": before + time.monotonic() - start})  # or a kill would lose all of it
-        except (KeyboardInterrupt, SystemExit):
-            process.terminate()
-            process.wait()
-            write_json(clock, {"seconds": before + time.monotonic() - start})
-            _stop()
-        if process.returncode == EXIT_STOPPED:
-            _stop()
-        log.seek(0)
-        last = (log.read().splitlines() or ["no output"])[-1]
-    return f"exit code {process.returncode}: {last}" if process.returncode else ""
+    spent = functools.partial(_add_seconds, workdir / "seconds.json", _seconds(workdir))
+    code, said = train_apart(command, workdir, held, spent, cwd=ROOT, env=os.environ | MALLOC)
+    if code == EXIT_STOPPED:
+        _stop()
+    return f"exit code {code}: {said}" if code else ""
+
+
+def _add_seconds(clock: Path, before: float, seconds: float) -> None:
+    write_json(clock, {"seconds": before + seconds})
 
 
 def _stop() -> NoReturn:

@@ -2,7 +2,9 @@
 #   launch/train.sbatch [--dry-run] [--check] [--OPTION=VALUE ...] -- --workdir=DIR [TRAINING OPTION ...]
 # submits a job, with --check only if `main.py check` finds nothing to fix (--check=h100 names the GPUs where no option
 # does), or with --dry-run shows what it would submit. Options before `--` go to sbatch, those after it to the trainer.
-# `sbatch [--OPTION=VALUE ...] launch/train.sbatch --workdir=DIR ...` works too. Environment variables:
+# `sbatch [--OPTION=VALUE ...] launch/train.sbatch --workdir=DIR ...` works too. With --array=0-N and, after `--`,
+# `sweep --set FIELD=VALUE,VALUE ...`, each task of the array trains one run of the sweep, in a workdir of its own below
+# DIR. Environment variables:
 #   VENV            virtual environment (default: .venv)
 #   STAGE           prepared folder, packed or in a .tar file: copied to each node's local disk before the training and
 #                   used as config.data.root
@@ -24,7 +26,7 @@ declare -A instead=(
 )
 
 submitting=no dry_run=no checking=no described=()
-requested=("${resources[@]}")
+requested=()
 if [ -z "${SLURM_JOB_ID:-}" ] || [[ " $* " == *" -- "* ]]; then # also inside an allocation, when called by hand
     submitting=yes
     while [ $# -gt 0 ] && [ "$1" != -- ]; do
@@ -41,15 +43,19 @@ if [ -z "${SLURM_JOB_ID:-}" ] || [[ " $* " == *" -- "* ]]; then # also inside an
     shift
 fi
 
-workdir=
+training=(python main.py train "$@") workdir=
+if [ "${1:-}" = sweep ]; then
+    training=(python main.py "$@")
+    [ $checking = no ] || die "--check is for one training: \`python main.py sweep ... --dry_run\` checks the configurations of a sweep."
+    [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || [[ " ${requested[*]} " == *" --array="* ]] ||
+        die "a sweep is an array of jobs: give sbatch --array=0-N (\`python main.py sweep ... --dry_run\` says N)."
+fi
 for argument in "$@"; do
     case $argument in --workdir=?*) workdir=${argument#*=} ;; esac
 done
 [ -n "$workdir" ] || die "give the trainer a --workdir=DIR on storage that all nodes share."
-[ ${#variant[@]} -eq 0 ] || workdir=$workdir/${variant[0]#--config.optimizer.}
 limit=${MAX_FRUITLESS:-3}
 [[ $limit =~ ^[0-9]+$ ]] || die "MAX_FRUITLESS is '$limit': give a number."
-training=(python main.py train "$@" "${variant[@]}" "--workdir=$workdir")
 if [ -n "${STAGE:-}" ]; then
     [[ -f $STAGE && $STAGE == *.tar || -f $STAGE/packed/index.parquet ]] ||
         die "STAGE=$STAGE is neither a .tar file (tar -cf birds.tar -C PARENT_FOLDER birds makes one) nor a packed folder (main.py prepare --pack)."
@@ -106,11 +112,15 @@ fi
 activated
 export VIT_NABIRDS_TOKEN=${VIT_NABIRDS_TOKEN:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')} # keeps strangers out
 export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1} # memory in pages of 2 MB: BUILD.md
-mkdir -p "$workdir" || exit 1
 preempted=no
 trap 'preempted=yes' TERM USR1 USR2 # preemption signals this shell too, but it must live on to requeue the job
 code=0
-if [ -n "${STAGE:-}" ]; then
+if [ "$1" = sweep ]; then # one of its runs, after a check of all
+    own=$(SLURM_NTASKS=1 "${training[@]}" --dry_run) && workdir=$own || code=$?
+    [ $preempted = no ] || code=75
+fi
+mkdir -p "$workdir" || exit 1
+if [ $code -eq 0 ] && [ -n "${STAGE:-}" ]; then
     srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 launch/stage_data.sh "$STAGE" || code=$?
     [ $preempted = no ] || code=75
 fi

@@ -48,11 +48,12 @@ def test_an_option_replaces_the_one_that_slurm_refuses_beside_it(options, enviro
     assert all(f"  {option}" in shown for option in kept)
 
 
-def test_a_sweep_has_a_job_and_a_workdir_for_each_rate():
-    shown = launch("launch/sweep.sbatch", "--dry-run", *TRAINING, RATES="0.001 1e-4 1e-5").stdout
-    assert "  --array=0-2" in shown.splitlines() and "--output=%x-%A_%a.log" in shown
-    assert "--config.optimizer.learning_rate=0.001 --workdir=runs/my\\ birds/learning_rate=0.001" in shown
-    assert "set the learning rates" in launch("launch/sweep.sbatch", "--dry-run", *TRAINING).stderr
+def test_a_sweep_is_an_array_whose_tasks_have_the_whole_command():
+    sweep = ["--", "sweep", "--set=seed=0,1", "--set", "epochs=1,2", "--workdir=runs/my birds"]
+    shown = launch("launch/train.sbatch", "--dry-run", "--array=0-3", *sweep)
+    assert shown.returncode == 0 and "  --array=0-3" in shown.stdout.splitlines(), shown.stderr
+    command = " sweep --set=seed=0\\,1 --set epochs=1\\,2 --workdir=runs/my\\ birds"
+    assert f" launch/train.sbatch{command}\n" in shown.stdout and f"main.py{command}\n" in shown.stdout
 
 
 @pytest.mark.parametrize(
@@ -66,8 +67,7 @@ def test_a_sweep_has_a_job_and_a_workdir_for_each_rate():
         ),
         (["train", "MAX_FRUITLESS=many", *TRAINING], "MAX_FRUITLESS is 'many': give a number"),
         (["train", "STAGE=README.md", *TRAINING], "STAGE=README.md is neither a .tar file"),
-        (["sweep", "RATES=1e-5,1e-4", *TRAINING], "RATES has '1e-5,1e-4': write numbers with spaces between"),
-        (["sweep", "RATES= ", *TRAINING], "RATES is empty"),
+        (["train", "--", "sweep", "--set=seed=0,1", "--workdir=runs"], "give sbatch --array=0-N"),
     ],
 )
 def test_what_cannot_be_submitted_is_refused(arguments, message):

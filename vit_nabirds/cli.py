@@ -19,7 +19,7 @@ from vit_nabirds.parallel import launchers
 from vit_nabirds.parallel.group import ProcessGroup
 from vit_nabirds.parallel.preemption import EXIT_STOPPED, SIGNALS
 
-COMMANDS = ("train", "probe", "prepare", "check", "evaluate", "predict", "export", "verify")
+COMMANDS = ("train", "probe", "prepare", "check", "sweep", "compare", "evaluate", "predict", "export", "verify")
 CONFIGS = Path(__file__).parent.parent / "configs"
 EXIT_CODES = (
     "Exit codes: 0 finished; 75 stopped on request, all saved: run the same command again; 74 trouble of this machine "
@@ -94,10 +94,14 @@ def parse(name: str, command: ModuleType, argv: list[str]) -> flags.FlagValues:
     from vit_nabirds.config.flags import as_field, explain, explain_value
 
     values = flags_of(command, argv := with_configuration(command, argv))
+    positional = getattr(command, "POSITIONAL", None)  # the flag whose values may also be given without its name
+    values.set_gnu_getopt(positional is not None)  # and before others
     try:
-        rest = values([name, *argv])
-        if len(rest) > 1:
-            raise ConfigError(f"unexpected argument {shown(rest[1])}")
+        rest = values([name, *argv])[1:]
+        if rest and positional is None:
+            raise ConfigError(f"unexpected argument {shown(rest[0])}")
+        if rest:
+            values[positional].value = [*values[positional].value, *rest]
         if "config" in values:
             values.config.lock()  # raises what went wrong when the file was loaded
     except flags.UnrecognizedFlagError as error:
@@ -111,7 +115,7 @@ def parse(name: str, command: ModuleType, argv: list[str]) -> flags.FlagValues:
         if "config" not in values or (isinstance(error, flags.Error) and "Traceback" not in str(error)):
             raise ConfigError(explain_value(str(error)) or " ".join(str(error).split())) from None
         raise ConfigError(explain(error, argv)) from None
-    if missing := [f"--{flag}" for flag in command.REQUIRED if values[flag].value is None]:
+    if missing := [f"--{flag}" for flag in command.REQUIRED if values[flag].value in (None, [])]:
         raise ConfigError(f"{name} needs {' and '.join(missing)}")
     refuse_addresses(values)
     return values
@@ -127,7 +131,7 @@ def refuse_addresses(values: flags.FlagValues) -> None:
         given |= {f"config.{name}": fields.get(name) for name in ("data.root", "model.pretrained")}
     for flag, value in given.items():
         for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", text):
+            if isinstance(text, str) and re.search(r"(^|[=,])[A-Za-z][A-Za-z0-9+.-]*:/", text):
                 raise ConfigError(
                     f"--{flag}={text} is an address, and the program reads and writes files: mount that storage (as "
                     "gcsfuse and s3fs do) and give the folder, or copy it here."
@@ -188,9 +192,9 @@ def help_of(name: str, command: ModuleType) -> str:
     values = flags_of(command, [])
     lines = [f"{name}: {doc(name)}", "", "flags:"]
     for flag in sorted(set(values) - {"config"}):
-        default = "" if values[flag].default is None else f" (default: {values[flag].default})"
+        default = "" if values[flag].default in (None, []) else f" (default: {values[flag].default})"
         required = " Required." if flag in command.REQUIRED else ""
-        lines.append(f"  --{flag:<18} {values[flag].help.splitlines()[0]}{required}{default}")
+        lines.append(f"  --{flag:<18} {values[flag].help.splitlines()[0].rstrip(';')}{required}{default}")
     if "config" in values:
         lines.append(f"  --config             Configuration file (default: configs/{command.CONFIGURED}).")
         lines += ["", "fields, with defaults:"]

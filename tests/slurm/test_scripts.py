@@ -31,22 +31,25 @@ def test_one_task_for_each_node_on_staged_data(slurm, prepared, tmp_path, monkey
     assert (disk / f"vit-nabirds-{os.getuid()}" / prepared.name / "metadata.parquet").exists()
 
 
-def test_a_sweep_trains_each_rate_in_its_own_workdir_whatever_comes(slurm, prepared, tmp_path, monkeypatch):
-    monkeypatch.setitem(slurm.environment, "RATES", "0.01 0.002")
+def test_an_array_trains_each_run_of_a_sweep_in_its_own_workdir_whatever_comes(slurm, prepared, tmp_path):
     job = slurm.submit(
-        "launch/sweep.sbatch", "--cpus-per-task=1", f"--output={tmp_path / 'log-%a'}", "--",
-        TINY, f"--config.data.root={prepared}", f"--workdir={tmp_path}", "--config.epochs=20",
+        "launch/train.sbatch", "--cpus-per-task=1", "--array=0-2", f"--output={tmp_path / 'log-%a'}", "--",
+        "sweep", TINY, f"--config.data.root={prepared}", f"--workdir={tmp_path}", "--config.epochs=20",
+        "--set", "optimizer.learning_rate=0.01,0.002",
     )  # fmt: skip
-    logs = [tmp_path / "log-0", tmp_path / "log-1"]
-    for log in logs:
+    logs = [tmp_path / f"log-{task}" for task in range(3)]
+    for log in logs[:2]:
         wait_until(lambda: log.exists() and "step 5/" in log.read_text(), 60)  # noqa: B023
     slurm.run("scancel", "--signal=TERM", job.number)
     wait_until(lambda: not slurm.run("squeue", "-h", f"--job={job.number}").stdout, 120)
-    assert all("requeueing the job to resume from step" in log.read_text() for log in logs)
-    assert all("finished: " in log.read_text() for log in logs)
-    runs = [tmp_path / f"learning_rate={rate}" / "metrics.jsonl" for rate in ("0.01", "0.002")]
-    results = [read_evaluations(run) for run in runs]
+    assert all("requeueing the job to resume from step" in log.read_text() for log in logs[:2])
+    assert all("finished: " in log.read_text() for log in logs[:2])
+    runs = [tmp_path / f"learning_rate={rate}" for rate in ("0.01", "0.002")]
+    results = [read_evaluations(run / "metrics.jsonl") for run in runs]
     assert results[0].keys() == results[1].keys() and results[0] != results[1]
+    assert all((run / "restarts.log").exists() for run in runs)
+    outside = "error: SLURM_ARRAY_TASK_ID is 2, but the sweep has 2 runs: submit it with --array=0-1."
+    assert logs[2].read_text().splitlines() == [outside]
 
 
 def test_options_replace_those_of_the_script_also_inside_an_allocation(slurm, prepared, tmp_path, monkeypatch):

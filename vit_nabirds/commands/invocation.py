@@ -15,6 +15,12 @@ def program() -> str:
     return f"{_typed(Path(sys.executable))} {relative(script)}"
 
 
+def main_program() -> list[str]:
+    """The same program, to be started as another process: main.py of the checkout, or what pip has installed."""
+    main = Path(__file__).parents[2] / "main.py"
+    return [sys.executable, str(main)] if main.exists() else [str(Path(sys.executable).parent / "vit-nabirds")]
+
+
 def tool(name: str) -> str:
     """A program of this Python environment, like tensorboard."""
     return _typed(Path(sys.executable).parent / name)

@@ -93,9 +93,9 @@ def predict(images: Path, out: Path, topk: int = 5, boxes: Path | None = None, *
     return 0 if named else 1
 
 
-def check_output(out: Path) -> None:
-    if out.suffix not in (".csv", ".jsonl", ".parquet"):
-        raise ConfigError(f"--out={out}: its name must end in .csv, .jsonl or .parquet.")
+def check_output(out: Path, suffixes: tuple[str, ...] = (".csv", ".jsonl", ".parquet")) -> None:
+    if out.suffix not in suffixes:
+        raise ConfigError(f"--out={out}: its name must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}.")
     if not out.absolute().parent.is_dir():
         raise ConfigError(f"--out={out}: there is no folder {out.absolute().parent}.")
     if out.is_dir():

@@ -22,20 +22,25 @@ CONFIGURED = "demo.py"
 
 
 def run(options, group) -> int:
-    from vit_nabirds.parallel.launchers import check_same_program
-
     config = Config.read(options.config)
-    check_same_program(group, flat(config.to_dict()))
-    workdir = workdir_of(options)
     if options.from_step is not None and not options.accept_changes:
         raise ConfigError("--from_step needs --accept_changes: what the run has learned after it is left aside.")
+    changes = {"accept_changes": options.accept_changes, "from_step": options.from_step}
+    return train_or_resume(config, workdir_of(options), group, **changes)
+
+
+def train_or_resume(config: Config, workdir: Path, group, **changes) -> int:
+    """Train with the group's processes, also from the checkpoint before a damaged one; returns the exit code."""
+    from vit_nabirds.parallel.launchers import check_same_program
+
+    check_same_program(group, flat(config.to_dict()))
     from vit_nabirds.runs.checkpoints import DamagedCheckpoint
     from vit_nabirds.training.train import FINISHED, train
 
     code = None
     while code is None:
         try:
-            code = train(config, workdir, group, options.accept_changes, options.from_step)
+            code = train(config, workdir, group, **changes)
         except DamagedCheckpoint as damage:  # of several processes all end, and the job is queued again
             if damage.folder.exists():
                 raise

@@ -364,6 +364,12 @@ def fields(section: type = Config, prefix: str = "") -> Iterator[tuple[str, data
             yield from fields(field.default_factory, f"{prefix}{field.name}.")
 
 
+def short_name(name: str) -> str:
+    """'learning_rate' of 'optimizer.learning_rate', but 'optimizer.name', because another section has a name too."""
+    last = name.rpartition(".")[2]
+    return last if [other.rpartition(".")[2] for other, _ in fields()].count(last) == 1 else name
+
+
 def default() -> ml_collections.ConfigDict:
     """What every file in `configs/` starts from: each field with its default."""
     return _defaults(Config).lock()

@@ -1,10 +1,15 @@
 """The configuration on the command line: its file, `--config.x.y=value`, and what to say of mistakes in them."""
 
+import copy
 import difflib
 import re
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from vit_nabirds.config.fields import default, expected_of, fields, flat
-from vit_nabirds.errors import shown
+from vit_nabirds.errors import ConfigError, shown
 
 # What other programs call our fields.
 ALIASES = {
@@ -82,3 +87,18 @@ def as_field(flag: str) -> str | None:
     """What a flag without `config.` probably means: --epochs=3 is --config.epochs=3."""
     names = [*flat(default().to_dict()), *ALIASES]
     return nearest(flag) if any(flag in (name, name.rpartition(".")[2]) for name in names) else None
+
+
+def value_of(config: ConfigDict, name: str, text: str) -> Any:
+    """What a flag --config.NAME=TEXT would make of a field. ConfigError for another name, or another kind of value."""
+    if name not in dict(fields()):
+        meant = nearest(name.removeprefix("config."))
+        advice = f"did you mean {meant}?" if meant else "`train --help` lists all fields."
+        raise ConfigError(f"there is no field {shown(name)}; {advice}")
+    values, argv = flags.FlagValues(), [f"--config.{name}={text}"]
+    config_flags.DEFINE_config_dict("config", copy.deepcopy(config), flag_values=values, sys_argv=argv)
+    try:
+        values(["", *argv])
+    except flags.Error as error:
+        raise ConfigError(explain_value(str(error)) or " ".join(str(error).split())) from None
+    return flat(values.config.to_dict())[name]
