@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vit_nabirds.commands.comparison import COLUMNS, Row, rows_of, show, views_of
 from vit_nabirds.commands.predict import check_output
 from vit_nabirds.config.fields import fields, short_name
 from vit_nabirds.errors import ConfigError, UserError, quoted, shown
+from vit_nabirds.evaluation.comparison import COLUMNS, Row, rows_of, show, views_of
 from vit_nabirds.runs.summary import find_runs
 
 log = logging.getLogger("vit_nabirds")
@@ -132,7 +132,7 @@ def in_order(rows: list[Row], sort: str | None) -> list[Row]:
 
 def write(rows: list[Row], out: Path) -> None:
     """A .csv or .html file, completely or not at all."""
-    from vit_nabirds.commands.comparison_files import page, write_csv
+    from vit_nabirds.evaluation.comparison_files import page, write_csv
 
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as unfinished:
         file = Path(unfinished) / "table"

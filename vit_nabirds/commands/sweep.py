@@ -163,7 +163,7 @@ def train_all(runs: list[Planned], commands: list[list[str]], folder: Path) -> i
 
     UserError for runs that have failed; the others have been trained.
     """
-    from vit_nabirds.commands.comparison import rows_of, show, views_of
+    from vit_nabirds.evaluation.comparison import rows_of, show, views_of
 
     folder.mkdir(parents=True, exist_ok=True)
     failed = {}

@@ -5,9 +5,9 @@ from pathlib import Path
 import jinja2
 import polars as pl
 
-from vit_nabirds.commands.comparison import COLUMNS, Row, View, differing, in_words
 from vit_nabirds.data.foreign import without_formulas
 from vit_nabirds.errors import visible
+from vit_nabirds.evaluation.comparison import COLUMNS, Row, View, differing, in_words
 
 
 def write_csv(rows: list[Row], file: Path) -> None:
