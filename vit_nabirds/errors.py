@@ -94,6 +94,12 @@ def _message_of(error: BaseException) -> str | None:
             "too little memory (use fewer, config.data.workers), or does the storage hang? The same command goes on "
             "from the last checkpoint."
         )
+    if isinstance(error, RuntimeError | ValueError) and "Out of memory while trying to allocate" in str(error):
+        return (
+            f"a device's memory is full ({str(error).splitlines()[0]}). For a training use --config.microbatch=-1, "
+            '--config.remat=blocks, --config.mesh.fsdp=-1 or a smaller batch (docs/gpu.md, "What does not fit"), and '
+            "see with nvidia-smi whether another program uses the GPU."
+        )
     if full := [text for text in _FULL if text in str(error)]:  # from any library that writes
         again = "run the same command again (a training goes on from its last checkpoint)"
         return f"{full[0]}: make room, and {again}. ({error})"
