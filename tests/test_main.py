@@ -238,40 +238,25 @@ def test_several_commands_in_one_process(our_log, tmp_path, capfd):
     assert sides == [40, 269]
 
 
-USAGE = {
-    "unknown command": (["trian"], "there is no command 'trian': it is one of train, probe, prepare,"),
-    "unknown flag": (["prepare", "--archiv=x"], "Unknown command line flag 'archiv'. Did you mean: archive"),
-    "flag of another command": (["--archive=x"], "Unknown command line flag 'archive'"),
-    "missing flag": (["prepare", "--out=x"], "prepare needs --archive"),
-    "no flags": (["prepare"], "prepare needs --archive and --out"),
-    "neither run nor model": (["predict", "--images=x", "--out=y.csv"], "predict needs --workdir or --model"),
-    "stray argument": (["evaluate", "--workdir=x", "y"], "unexpected argument 'y'"),
-    "mistyped field": (["--config.optimizer.lerning_rate=1"], "did you mean --config.optimizer.learning_rate?"),
+USAGE = {  # and docs/mistakes.md: test_mistakes_of_users.py
     "field of another group": (["--config.learning_rate=1"], "did you mean --config.optimizer.learning_rate?"),
-    "another name of a field": (["--config.lr=1"], "did you mean --config.optimizer.learning_rate?"),
     "short name of the batch size": (["--config.bs=8"], "did you mean --config.batch_size?"),
     "short name of weight decay": (["--config.wd=0.1"], "did you mean --config.optimizer.weight_decay?"),
-    "a field without its prefix": (["--epochs=3"], "did you mean --config.epochs?"),
     "a nested field without its prefix": (["--learning_rate=3"], "did you mean --config.optimizer.learning_rate?"),
     "a field that we do not have": (
         ["--config.focal_gamma=2"],
         "--config.focal_gamma: there is no field 'focal_gamma'; `train --help` lists all fields.",
     ),
-    "wrong type": (["--config.batch_size=many"], "config.batch_size is 'many': it must be between 1 and 1,000,000"),
     "None for a number": (["--config.optimizer.clip_norm=None"], "clip_norm is 'None': it must be 0 or more, and at"),
-    "a value for a section": (["--config.augment=mixup"], "augment is 'mixup', but it is a section: set a field of it"),
     "half of a name": (["--config.clip=1"], "there is no field 'clip'; did you mean --config.optimizer.clip_norm?"),
     "a part of a field": (["--config.optimizer.name.x=1"], "config.optimizer.name is a field and has no parts"),
     "a value that moves the cursor": (["--config.seed=\x1b[2J"], r"config.seed is '\x1b[2J': it must be between 0 and"),
     "fraction for a whole number": (["--config.batch_size=1.5"], "config.batch_size"),
     "empty file name": (["--config="], "the configuration file '' cannot be read"),
     "file name with a space": (["--config=my file.py"], "the configuration file 'my file.py' cannot be read"),
-    "no configuration file": (["--config=nothing.py"], "the configuration file 'nothing.py' cannot be read"),
-    "wrong value": (["--config.optimizer.name=lamb"], "optimizer.name is 'lamb': it must be 'adamw' or 'sgd'"),
     "no data": (["--config.data.root=", "--config.data.synthetic=False"], "config.data.root is empty"),
     "workdir in a bucket": (["--workdir=gs://b/run"], "--workdir=gs://b/run is an address, and the program reads and"),
     "one slash": (["evaluate", "--workdir=s3:/b/run"], "--workdir=s3:/b/run is an address"),
-    "data in a bucket": (["--config.data.root=gs://b/birds"], "--config.data.root=gs://b/birds is an address"),
     "weights with a scheme": (
         ["--config.model.pretrained=hf://a/b"],
         "--config.model.pretrained=hf://a/b is an address",
@@ -320,31 +305,6 @@ def test_a_mistake_in_a_configuration_file(our_log, tmp_path, capfd, line, messa
     file.write_text(CONFIG.format(line=line))
     code, said = exits(capfd, f"--config={file}")
     assert code == 2 and message in said and "mine.py" in said and len(said.splitlines()) == 1, said
-
-
-@pytest.mark.parametrize(
-    "arguments, code, message",
-    [
-        (["--config.batch_size=7", "--config.cpu_devices=1"], 2, "batch_size is 7, which 2 devices cannot share"),
-        (["--config.optimizer.warmup=4 epochs"], 2, "warmup is 20 steps, but the whole run has 20: shorten it"),
-        (["--config.data.root=/nowhere"], 1, "/nowhere/metadata.parquet is missing"),
-        (["--config.model.pretrained=/nowhere"], 1, "no folder '/nowhere'"),
-    ],
-)
-def test_a_mistake_of_a_run_is_one_line(main, our_log, tmp_path, capfd, arguments, code, message):
-    """Exit code 2 for a wrong value, 1 for what is missing."""
-    found, said = exits(capfd, *main.tiny, *arguments, f"--workdir={tmp_path / 'run'}")
-    assert found == code and said.startswith("error: ") and message in said and len(said.splitlines()) == 1, said
-    assert not (tmp_path / "run").exists()
-
-
-def test_mistakes_of_the_other_commands(our_log, tmp_path, capfd):
-    for arguments, message in (
-        (["prepare", "--archive=/nowhere", f"--out={tmp_path / 'out'}"], "/nowhere: no such folder"),
-        (["evaluate", f"--workdir={tmp_path}"], "holds no run"),
-    ):
-        code, said = exits(capfd, *arguments)
-        assert code == 1 and message in said and len(said.splitlines()) == 1, said
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(main, our_log, tmp_path):
@@ -415,7 +375,18 @@ def test_a_full_disk_is_one_message():
     # What Orbax raises of it; a real full disk needs the right to mount one.
     error = ValueError("RESOURCE_EXHAUSTED: Error writing local file: No space left on device [os_error_code='28']")
     assert message_of(error).startswith("No space left on device: make room, and run the same command again")
-    assert message_of(ValueError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")) is None
+
+
+def test_full_memory_of_a_device_is_one_message():
+    from vit_nabirds.errors import message_of
+
+    # What XLA raises of it; the lines that follow list buffers.
+    error = RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes.\nBuffers: …")
+    said = message_of(error)
+    assert said.startswith(
+        "a device's memory is full (RESOURCE_EXHAUSTED: Out of memory while trying to allocate 171798"
+    )
+    assert "--config.microbatch=-1" in said and "Buffers" not in said and exit_code_of(error) == 1
 
 
 @pytest.mark.parametrize(

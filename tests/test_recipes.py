@@ -9,9 +9,10 @@ from tiny_config import SHAPE
 from tiny_runs import FINISHED, STOPPED, arrays_of, at, losses, prepared_run, steps_of, terminate, train
 
 from vit_nabirds.commands.evaluate import evaluate
-from vit_nabirds.commands.export import export, model_card
+from vit_nabirds.commands.export import export
 from vit_nabirds.data.prepare import prepare
 from vit_nabirds.errors import ConfigError
+from vit_nabirds.evaluation.card import model_card
 from vit_nabirds.evaluation.classifier import Classifier
 from vit_nabirds.runs.checkpoints import Checkpoints, existing
 from vit_nabirds.runs.loading import open_run

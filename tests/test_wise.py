@@ -167,7 +167,7 @@ def test_evaluate_looks_at_other_views_on_request(tuned, capsys):
         assert evaluate(tuned, views=views) == 0
         found[views] = json.loads(capsys.readouterr().out)["test"]
     assert found[None] == found["one"] and found["one"]["loss"] != found["flip"]["loss"]
-    with pytest.raises(ConfigError, match="config.evaluate.views is 'two'"):
+    with pytest.raises(ConfigError, match="--views is 'two'"):
         evaluate(tuned, views="two")
 
 

@@ -1,6 +1,7 @@
 """The command line: a command, its flags, and what becomes of errors."""
 
 import contextlib
+import difflib
 import importlib
 import logging
 import os
@@ -70,13 +71,13 @@ def main(argv: list[str]) -> int:
         command = importlib.import_module(f"vit_nabirds.commands.{name}")
         if HELP & set(argv):
             return _show(help_of(name, command))
+        log_to_stderr()
         try:
             options = parse(name, command, argv)
         except ConfigError:
             with contextlib.suppress(UserError):  # all tasks fail alike: let one of them say why
                 group = launchers.join()
             raise
-        log_to_stderr()
         if command.PARALLEL:
             group = launchers.join(*(options[name].value for name in CLUSTER))
             if not group.is_writer:
@@ -91,7 +92,7 @@ def main(argv: list[str]) -> int:
 
 def parse(name: str, command: ModuleType, argv: list[str]) -> flags.FlagValues:
     """The command's flags; ConfigError for a mistake."""
-    from vit_nabirds.config.flags import as_field, explain, explain_value
+    from vit_nabirds.config.flags import explain, explain_value
 
     values = flags_of(command, argv := with_configuration(command, argv))
     positional = getattr(command, "POSITIONAL", None)  # the flag whose values may also be given without its name
@@ -99,26 +100,52 @@ def parse(name: str, command: ModuleType, argv: list[str]) -> flags.FlagValues:
     try:
         rest = values([name, *argv])[1:]
         if rest and positional is None:
-            raise ConfigError(f"unexpected argument {shown(rest[0])}")
+            raise ConfigError(f"unexpected argument {shown(rest[0])}: write --FLAG=VALUE; `{name} --help` lists flags.")
         if rest:
             values[positional].value = [*values[positional].value, *rest]
         if "config" in values:
             values.config.lock()  # raises what went wrong when the file was loaded
     except flags.UnrecognizedFlagError as error:
-        field = as_field(error.flagname) if "config" in values else None
-        if field:
-            raise ConfigError(f"there is no flag --{error.flagname}; did you mean --config.{field}?") from None
-        raise ConfigError(str(error).splitlines()[0]) from None
+        raise ConfigError(unknown_flag(error.flagname, name, values)) from None
     except UserError:
         raise
     except Exception as error:  # of a flag, or anything that the user's configuration file may raise
         if "config" not in values or (isinstance(error, flags.Error) and "Traceback" not in str(error)):
-            raise ConfigError(explain_value(str(error)) or " ".join(str(error).split())) from None
+            text = explain_value(str(error)) or wrong_value(str(error), values) or " ".join(str(error).split())
+            raise ConfigError(text) from None
         raise ConfigError(explain(error, argv)) from None
     if missing := [f"--{flag}" for flag in command.REQUIRED if values[flag].value in (None, [])]:
         raise ConfigError(f"{name} needs {' and '.join(missing)}")
+    if empty := [flag for flag in command.FLAGS if values[flag].value == ""]:  # of a shell's variable without a value
+        raise ConfigError(f"--{empty[0]} is empty: give it a value, or leave it out.")
     refuse_addresses(values)
     return values
+
+
+def unknown_flag(flag: str, name: str, values: flags.FlagValues) -> str:
+    """What to say of a flag that the command `name` does not have."""
+    from vit_nabirds.config.flags import as_field
+
+    start = f"`{name}` has no flag --{flag}"
+    if "config" in values and (field := as_field(flag)):
+        return f"{start}; did you mean --config.{field}?"
+    if like := difflib.get_close_matches(flag, [known for known in values if "." not in known], n=1, cutoff=0.7):
+        return f"{start}; did you mean --{like[0]}?"
+    commands = {other: importlib.import_module(f"vit_nabirds.commands.{other}") for other in COMMANDS}
+    others = [
+        other for other, command in commands.items()
+        if flag in command.FLAGS or (flag == "config" and command.CONFIGURED)
+    ]  # fmt: skip
+    elsewhere = f", which is a flag of {', '.join(f'`{other}`' for other in others)}" if others else ""
+    return f"{start}{elsewhere}: `{name} --help` lists its flags."
+
+
+def wrong_value(message: str, values: flags.FlagValues) -> str | None:
+    """One line for what absl says of a flag whose text is no value of its type; None for another message."""
+    wrong = re.match(r"flag --(\w+)=(.*?): ", message, re.DOTALL)
+    kinds = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+    kind = wrong and wrong[1] in values and kinds.get(values[wrong[1]].flag_type())
+    return f"--{wrong[1]} is {shown(wrong[2])}: give {kind}." if kind else None
 
 
 def refuse_addresses(values: flags.FlagValues) -> None:
@@ -153,8 +180,11 @@ def flags_of(command: ModuleType, argv: list[str]) -> flags.FlagValues:
     if command.CONFIGURED:
         from ml_collections import config_flags
 
+        from vit_nabirds.config.flags import ConfigFile
+
         text = "Configuration file; --config.x.y=value changes a field."
         config_flags.DEFINE_config_file("config", None, text, flag_values=values, sys_argv=argv)
+        values["config"].parser = ConfigFile("config")
     return values
 
 

@@ -30,6 +30,7 @@ class TransientError(UserError):
 
 _FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 _STORAGE_ERRORS = "ACCES DQUOT EXIST IO ISDIR LOOP NAMETOOLONG NOENT NOSPC NOTDIR PERM ROFS STALE"
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _STORAGE = {getattr(errno, f"E{name}") for name in _STORAGE_ERRORS.split()}
 
 
@@ -93,8 +94,17 @@ def _message_of(error: BaseException) -> str | None:
             "too little memory (use fewer, config.data.workers), or does the storage hang? The same command goes on "
             "from the last checkpoint."
         )
+    if isinstance(error, RuntimeError | ValueError) and "Out of memory while trying to allocate" in str(error):
+        return (
+            f"a device's memory is full ({str(error).splitlines()[0]}). For a training use --config.microbatch=-1, "
+            '--config.remat=blocks, --config.mesh.fsdp=-1 or a smaller batch (docs/gpu.md, "What does not fit"), and '
+            "see with nvidia-smi whether another program uses the GPU."
+        )
     if full := [text for text in _FULL if text in str(error)]:  # from any library that writes
-        return f"{full[0]}: make room, and run the same command again to go on from the last checkpoint. ({error})"
+        again = "run the same command again (a training goes on from its last checkpoint)"
+        return f"{full[0]}: make room, and {again}. ({error})"
+    if isinstance(error, OSError) and error.errno in _FORBIDDEN:
+        return f"{error}: use another folder, or get the right to use this one"
     return str(error) if isinstance(error, OSError) and error.errno in _STORAGE else None
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 
 def program() -> str:
     """What stands before the command's name: 'python main.py', '.venv/bin/python main.py' or 'vit-nabirds'."""
-    script = Path(sys.argv[0])
+    script, ours = Path(sys.argv[0]), Path(__file__).parents[2] / "main.py"
     if script.suffix != ".py":
         return _typed(script)
+    if script.name != ours.name and ours.exists():  # a notebook's kernel, or another program that calls this one
+        script = ours
     return f"{_typed(Path(sys.executable))} {relative(script)}"
 
 

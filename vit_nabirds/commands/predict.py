@@ -50,6 +50,8 @@ COLUMNS = ("file", "box", "rank", "species", "probability", "problem")
 def run(options, group) -> int:
     if (options.workdir is None) == (options.model is None):
         raise ConfigError("predict needs --workdir or --model, not both")
+    if options.model is not None and (given := [x for x in ("step", "views") if options[x].value is not None]):
+        raise ConfigError(f"--{given[0]} is for --workdir: what --model names is one checkpoint, shown one view.")
     for flag, what in {"topk": "species", "max_pixels": "pixel"}.items():
         if options[flag].value < 1:
             raise ConfigError(f"--{flag} is {options[flag].value}: ask for at least one {what}")

@@ -1,12 +1,15 @@
 """The configuration on the command line: its file, `--config.x.y=value`, and what to say of mistakes in them."""
 
+import contextlib
 import copy
 import difflib
 import re
+import sys
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
+from ml_collections.config_flags import config_flags
 
 from vit_nabirds.config.fields import default, expected_of, fields, flat
 from vit_nabirds.errors import ConfigError, shown
@@ -22,6 +25,22 @@ ALIASES = {
     "grad_clip": "optimizer.clip_norm", "clip": "optimizer.clip_norm", "num_workers": "data.workers",
     "data_dir": "data.root",
 }  # fmt: skip
+
+
+class ConfigFile(config_flags.ConfigFileFlagParser):
+    """Reads a configuration file, and refuses one that gives no configuration before fields are set in it."""
+
+    def parse(self, path: str) -> ConfigDict:
+        sys.modules.pop(f"{self.name}_config", None)  # of an earlier call: a file without get_config would have its
+        file = path.split(":")[0]
+        if file.endswith(".json"):
+            raise ConfigError(f"{file} is no configuration file: give one of Python, like configs/demo.py.")
+        config = super().parse(path)
+        if not isinstance(config, ConfigDict):
+            with contextlib.suppress(AttributeError):
+                config.lock()  # raises what went wrong when the file was read
+            raise ConfigError(f"{file}: get_config returns {shown(config)}: let it return what config.default() made.")
+        return config
 
 
 def help_text() -> str:
@@ -73,6 +92,10 @@ def explain(error: Exception, argv: list[str]) -> str:
     if isinstance(error, TypeError) and (part := re.search(r"--config\.([\w.]+)\.\w+(=|$)", " ".join(argv))):
         if part[1] in dict(fields()):
             return f"{part[0].rstrip('=')}: config.{part[1]} is a field and has no parts."
+    if isinstance(error, SyntaxError):
+        return f"{file}, line {error.lineno}: {type(error).__name__}: {error.msg}"
+    if isinstance(error, AttributeError) and "attribute 'get_config'" in message:
+        return f"{file} has no function get_config, which returns the configuration: see configs/demo.py."
     unknown = re.match(r"Key \"(\w+)\" does not exist", message) or re.match(r"'?(\w+)'?(\nDid you mean|$)", message)
     if unknown and isinstance(error, KeyError | AttributeError):
         given = re.search(rf"--config\.((\w+\.)*{unknown[1]})\b", " ".join(argv))

@@ -55,7 +55,8 @@ def open_split(root: Path, table: pl.DataFrame, split: str, ignore_pack: bool = 
     chosen = table.with_row_index("row").filter(pl.col("is_training_img") == is_train).with_row_index("index")
     chosen = chosen.filter(pl.col("split") == split)
     if chosen.is_empty():
-        raise UserError(f"{root / 'metadata.parquet'} has no {SPLITS[split]} images.")
+        advice = "prepare the archive again, with --test_share=0.2" if split == "test" else "prepare one that has some"
+        raise UserError(f"{root / 'metadata.parquet'} has no {SPLITS[split]} images: {advice}.")
     images = open_images(root, table, is_train, ignore_pack)
     numbers = [chosen[name].to_numpy().astype(np.int32) for name in ("index", "label", "row")]
     if split != "validation":

@@ -59,6 +59,11 @@ class Settings:
         if not 16 <= min(self.train_size, self.test_size) <= max(self.train_size, self.test_size) <= MAX_SIDE:
             sizes = f"train_size is {self.train_size}, test_size {self.test_size}"
             raise ConfigError(f"{sizes}: give at least 16 pixels, and at most {MAX_SIDE:,}.")
+        if self.train_size < self.test_size:
+            raise ConfigError(
+                f"train_size is {self.train_size}, test_size {self.test_size}: training crops at random from images "
+                f"that are at least as large, so give train_size={round(1.2 * self.test_size)} or so."
+            )
         if not 0 <= self.margin <= 1:
             raise ConfigError(f"margin is {self.margin}: give a share of the bounding box from 0 to 1, as 0.2.")
 
@@ -128,6 +133,8 @@ def _check_out(out: Path, archive: Path, photographs: Path, metadata_only: bool)
     """Raise UserError if `out` holds what must not be touched."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file. Choose another --out.")
+    if (out / "checkpoints").is_dir():
+        raise UserError(f"{out}: is the workdir of a run. Choose another --out.")
     if out.resolve().is_relative_to(photographs.resolve()) or out.resolve() == archive.resolve():
         raise UserError(
             f"{out}: is the archive, or in its folder of photographs, {quoted(photographs)}. Choose another --out."

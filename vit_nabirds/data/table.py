@@ -106,6 +106,8 @@ def _split(table: pl.DataFrame, validation: float, file: Path) -> pl.Series:
     training = table["is_training_img"]
     held = pl.zeros(len(table), pl.Boolean, eager=True)
     if validation:
+        if not training.any():
+            raise UserError(f"{file} has no training images: prepare an archive that has some.")
         held = held.scatter(training.arg_true(), held_out(_photographs(table.filter(training)), validation))
         if not held.any():
             raise ConfigError(

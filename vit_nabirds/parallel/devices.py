@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vit_nabirds.errors import ConfigError
+from vit_nabirds.errors import ConfigError, UserError, shown
 from vit_nabirds.parallel.launchers import processes_of_first_node
 from vit_nabirds.parallel.sharding import AXES
 
@@ -29,7 +29,7 @@ def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mes
     `fsdp` -1 stands for all devices of a node. ConfigError if the devices cannot be split like that.
     """
     tasks = processes_of_first_node() if devices is None else 1  # taken to be those of every node
-    devices = sorted(jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id))
+    devices = sorted(all_devices() if devices is None else devices, key=lambda d: (d.process_index, d.id))
     if fsdp == -1:
         fsdp = tasks * sum(device.process_index == devices[0].process_index for device in devices)
     if len(devices) % fsdp:
@@ -37,6 +37,19 @@ def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mes
             f"config.mesh.fsdp is {fsdp}, but there are {len(devices)} devices: choose a divisor of that."
         )
     return Mesh(np.array(devices).reshape(-1, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def all_devices() -> list[jax.Device]:
+    """Of all processes; UserError where JAX_PLATFORMS asks for others than there are."""
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError):  # some versions assert that there is a device
+        if not (asked := os.environ.get("JAX_PLATFORMS")):
+            raise
+        raise UserError(
+            f"JAX_PLATFORMS is {shown(asked)}, but JAX finds no such device: see whether the driver does (nvidia-smi), "
+            "install JAX's plug-in for it (BUILD.md), or unset JAX_PLATFORMS to use what there is."
+        ) from None
 
 
 def own(mesh: Mesh) -> jax.Device:

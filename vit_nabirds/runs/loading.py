@@ -13,7 +13,7 @@ import numpy as np
 from vit_nabirds.config import Config
 from vit_nabirds.config.fields import with_defaults
 from vit_nabirds.config.json_files import read_object
-from vit_nabirds.errors import UserError
+from vit_nabirds.errors import ConfigError, UserError
 from vit_nabirds.models.model import Model, describe
 from vit_nabirds.models.pretrained.checkpoint import Checkpoint, open_checkpoint
 from vit_nabirds.models.pretrained.hf_config import PARTS
@@ -50,7 +50,10 @@ class LoadedRun:
         """The run with other views of each photograph in evaluations; None: as in its training."""
         if views is None:
             return self
-        config = Config.read(self.metadata.config).replace({"evaluate.views": views}).to_dict()
+        try:
+            config = Config.read(self.metadata.config).replace({"evaluate.views": views}).to_dict()
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("config.evaluate.views", "--views")) from None
         return dataclasses.replace(self, metadata=dataclasses.replace(self.metadata, config=config))
 
 

@@ -30,7 +30,7 @@ from vit_nabirds.data.photographs import Photographs, check_labels, check_sizes,
 from vit_nabirds.data.table import class_differences, class_names, fingerprint, read_table, settings_of
 from vit_nabirds.data.taxonomy import Taxonomy, read_taxonomy
 from vit_nabirds.data.unread import Unread
-from vit_nabirds.errors import ConfigError, UserError
+from vit_nabirds.errors import ConfigError, UserError, quoted
 from vit_nabirds.models.model import Model, describe
 from vit_nabirds.models.pretrained.checkpoint import Checkpoint
 from vit_nabirds.parallel import devices, sharding
@@ -241,6 +241,8 @@ def prepare_run(
             log.info("--from_step is not used: the newest checkpoint has this configuration already")
         entry = [{"step": max(saved_steps), "changed": changed}] if changed else []
         metadata = dataclasses.replace(metadata, history=[*saved.history, *entry])
+    if len(classes) == 1:
+        raise UserError(f"{root} has one class, {quoted(classes[0])}: prepare photographs of at least two.")
     for split in (train_split, test_split):
         check_labels(split, len(classes))
     check_sizes(architecture["image_size"], test_split, train_split)
@@ -353,6 +355,8 @@ def check_workdir(workdir: Path) -> None:
     for folder in (*reversed(workdir.absolute().parents), workdir, checkpoints):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file, where a run needs a folder: use another --workdir.")
+    if (workdir / "metadata.parquet").exists():
+        raise UserError(f"{workdir} is a folder that `prepare` wrote: give it as --config.data.root, not as --workdir.")
     if results.exists() and not (checkpoints.exists() and any(checkpoints.iterdir())):
         raise UserError(f"{workdir} holds the results of a run whose checkpoints are gone: use another --workdir.")
 

@@ -125,13 +125,15 @@ def find_checkpoint(name: str) -> Path:
     folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise UserError(f"{shown(name)} is a file: give the folder of the checkpoint.")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(
             f"there is no folder {shown(name)}: give the folder of a checkpoint, or a Hub id like "
             "'google/vit-base-patch16-224' (with a revision: ID@REVISION)."
         )
     repository, _, revision = name.partition("@")
-    patterns = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
+    patterns = ["README.md", "config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
     try:
         return Path(huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # each version of the Hub's client raises other types
