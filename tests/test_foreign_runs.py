@@ -140,7 +140,7 @@ def test_names_of_classes_break_nothing_that_is_exported(workdir, tmp_path):
 
 def test_pictures_are_captioned_whatever_a_class_is_called():
     from vit_nabirds.errors import visible
-    from vit_nabirds.runs.grid import draw_grid
+    from vit_nabirds.runs.pictures import draw_grid
 
     names = [visible(name) for name in ("a\nb", "x" * 1000, "\x1b", "\u202ea", "\ud800")]
     images = np.zeros((len(names), 16, 16, 3), np.float32)

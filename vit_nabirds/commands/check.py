@@ -48,9 +48,11 @@ def check(config: Config, workdir: Path, group, machines, described: bool) -> in
     from vit_nabirds.audit import step as audits
     from vit_nabirds.audit.estimate import Budget
     from vit_nabirds.parallel import devices, gpus
+    from vit_nabirds.runs.trackers import check as check_trackers
     from vit_nabirds.training.microbatch import memory_of
     from vit_nabirds.training.run import prepare_run
 
+    check_trackers(config.track)
     mesh = None  # as train would make it here
     if machines:
         fsdp = machines.per_node if config.mesh.fsdp == -1 else config.mesh.fsdp

@@ -2,6 +2,7 @@
 
 import logging
 import shlex
+import sys
 from pathlib import Path
 
 from vit_nabirds.commands.invocation import program, relative, tool
@@ -35,19 +36,29 @@ def run(options, group) -> int:
     code = None
     while code is None:
         try:
-            code = train(config, workdir, group, options.accept_changes, options.from_step)
+            code = train(
+                config, workdir, group, options.accept_changes, options.from_step, experiment_of(options),
+                tool("tensorboard"),
+            )  # fmt: skip
         except DamagedCheckpoint as damage:  # of several processes all end, and the job is queued again
             if damage.folder.exists():
                 raise
             log.warning("%s", damage)
     if code == FINISHED:
         log.info("%s", next_commands(workdir, config.data.synthetic))
+    elif sys.stderr.isatty():  # under a launcher, the job's script starts it again
+        log.info("to go on:  %s", shlex.join([*shlex.split(program()), *sys.argv[1:]]))
     return code
 
 
 def workdir_of(options) -> Path:
     """--workdir, or a folder with the name of the configuration file."""
-    return Path(options.workdir or f"runs/{Path(options['config'].config_filename.split(':')[0]).stem}")
+    return Path(options.workdir or f"runs/{experiment_of(options)}")
+
+
+def experiment_of(options) -> str:
+    """The name of the configuration file: that of a demo, where none is given."""
+    return Path(options["config"].config_filename.split(":")[0]).stem
 
 
 def next_commands(workdir: Path, on_drawn_birds: bool) -> str:
