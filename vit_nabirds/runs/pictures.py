@@ -5,6 +5,7 @@ All functions return uint8 (height, width, 3).
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,27 +18,27 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vit_nabirds.errors import quoted, visible
 
-SIDE, GAP, SIZE = 200, 10, 22  # pixels of a photograph in a grid, between two, and of the letters below
+SIDE, GAP, SIZE = 200, 10, 26  # pixels of a photograph in a row, between two, and of the letters below
 ROWS = 2  # of a caption's line that is too long for one
 RIGHT, WRONG = "#4477aa", "#cc6677"
 
 
-def draw_grid(images: np.ndarray, captions: Sequence[Sequence[str]], columns: int = 4) -> np.ndarray:
+def draw_row(images: np.ndarray, captions: Sequence[Sequence[str]]) -> np.ndarray:
     """float32 photographs (n, size, size, 3) in [0, 1], each above its lines: the first black, the others grey."""
-    font, line = _font(), round(1.25 * SIZE)
+    font, line = _font(), round(1.2 * SIZE)
     texts = [[wrapped(text, font, SIDE) for text in caption] for caption in captions]
-    most = max(sum(map(len, text)) for text in texts)
-    width, height, rows = SIDE + GAP, SIDE + GAP + most * line, -(-len(images) // columns)
-    grid = Image.new("RGB", (min(columns, len(images)) * width + GAP, rows * height + GAP), "white")
-    draw = ImageDraw.Draw(grid)
+    height = SIDE + 2 * GAP + max(sum(map(len, text)) for text in texts) * line
+    row = Image.new("RGB", (len(images) * (SIDE + GAP) + GAP, height), "white")
+    draw = ImageDraw.Draw(row)
     for i, (image, text) in enumerate(zip(images, texts, strict=True)):
-        x, y = GAP + i % columns * width, GAP + i // columns * height
-        pixels = Image.fromarray(np.asarray(image * 255 + 0.5).clip(0, 255).astype(np.uint8))
-        grid.paste(pixels.resize((SIDE, SIDE), Image.Resampling.NEAREST if SIDE > 2 * image.shape[0] else None), (x, y))
-        colored = [(row, "dimgray" if number else "black") for number, rows in enumerate(text) for row in rows]
-        for number, (row, color) in enumerate(colored):
-            draw.text((x, y + SIDE + number * line), row, color, font)
-    return np.asarray(grid)
+        x, pixels = GAP + i * (SIDE + GAP), Image.fromarray(np.asarray(image * 255 + 0.5).clip(0, 255).astype(np.uint8))
+        row.paste(
+            pixels.resize((SIDE, SIDE), Image.Resampling.NEAREST if SIDE > 2 * image.shape[0] else None), (x, GAP)
+        )
+        lines = [(words, "dimgray" if number else "black") for number, rows in enumerate(text) for words in rows]
+        for number, (words, color) in enumerate(lines):
+            draw.text((x, GAP + SIDE + number * line), words, color, font)
+    return np.asarray(row)
 
 
 @functools.cache
@@ -72,8 +73,9 @@ def _shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
 def draw_confusion(names: Sequence[str], counts: np.ndarray) -> np.ndarray:
     """int (classes, classes) counts of (truth, answer) of a few species: numbered, so that long names fit."""
     size, colored = len(names), counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    with _figure("Species that are confused most: photographs by truth and answer") as (figure, axes):
-        axes.imshow(np.where(np.eye(size, dtype=bool), 0, colored), cmap="Reds", vmin=0, vmax=max(colored.max(), 0.01))
+    with _figure("Confused most: truth by row, answer by column") as (figure, axes):
+        mistakes = np.where(np.eye(size, dtype=bool), 0, colored)
+        axes.imshow(mistakes, cmap="Reds", vmin=0, vmax=2 * mistakes.max() or 1, aspect="auto")
         for (truth, answer), count in np.ndenumerate(counts):
             if count:
                 weight = "bold" if truth == answer else "normal"
@@ -101,7 +103,7 @@ def draw_accuracies(names: Sequence[str], right: np.ndarray, total: np.ndarray, 
 
 def draw_confidence(probabilities: np.ndarray, is_right: np.ndarray) -> np.ndarray:
     """How sure the answers are that turn out right and wrong."""
-    title = f"How sure it was: {is_right.sum():,} right answers, {(~is_right).sum():,} wrong ones"
+    title = f"How sure: {is_right.sum():,} right answers, {(~is_right).sum():,} wrong"
     with _figure(title) as (figure, axes):
         bins, colors = np.linspace(0, 1, 11), [RIGHT, WRONG]
         parts = [probabilities[is_right], probabilities[~is_right]]
@@ -120,16 +122,18 @@ def _short(name: str) -> str:
 @contextlib.contextmanager
 def _figure(title: str) -> Iterator[tuple[Figure, Axes]]:
     """With large letters. A '$' in a name is a '$'."""
-    with matplotlib.rc_context({"font.size": 16, "axes.titlesize": 16, "text.parse_math": False}):
-        figure = Figure(figsize=(8.4, 5.4), dpi=100, layout="constrained")
+    with matplotlib.rc_context({"font.size": 15, "text.parse_math": False}):
+        figure = Figure(figsize=(6.4, 3.8), dpi=100, layout="constrained")
         axes = figure.add_subplot()
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
-        figure.suptitle(visible(title), x=0.01, ha="left", fontsize=16, weight="bold")
+        figure.suptitle(visible(title), x=0.01, ha="left", fontsize=15, weight="bold")
         yield figure, axes
 
 
 def _drawn(figure: Figure) -> np.ndarray:
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box is drawn for it
+        canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -11,6 +11,8 @@ from rich.text import Text
 from vit_nabirds.config.plan import Plan
 from vit_nabirds.runs.quantities import in_words, time_in_words
 
+SHOWN = {"loss", "accuracy", "mean_class_accuracy", "images_per_second", "input_wait", "mfu", "memory_gib"}
+
 
 class Progress:
     """Only keeps what it is given: a thread draws it, so that no step waits for the terminal."""
@@ -29,8 +31,9 @@ class Progress:
         self._first = self._first or (step, self._clock())
 
     def figures(self, step: int, values: dict[str, float]) -> None:
-        split = next(iter(values)).partition("/")[0]
-        self._figures[split] = in_words(values) + (f" (step {step})" if split != "train" else "")
+        if shown := {name: value for name, value in values.items() if name.rpartition("/")[2] in SHOWN}:
+            split = next(iter(shown)).partition("/")[0]
+            self._figures[split] = in_words(shown) + (f" (step {step})" if split != "train" else "")
 
     @property
     def left(self) -> str:
@@ -48,7 +51,7 @@ class Progress:
             self._checkpoint = saved, now
         first = Table.grid(padding=(0, 2), expand=True)
         for ratio in (None, 1, None, None):
-            first.add_column(ratio=ratio, no_wrap=True)
+            first.add_column(ratio=ratio, no_wrap=True, overflow="crop")
         epochs = f"epoch {plan.epoch(step):.2f} of {plan.epoch(plan.total_steps):.3g}"
         first.add_row(epochs, ProgressBar(plan.total_steps, step), f"step {step:,}/{plan.total_steps:,}", self.left)
         lines = list(self._figures.values()) or ["waiting for the first step"]

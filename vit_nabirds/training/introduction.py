@@ -16,7 +16,7 @@ from vit_nabirds.data.table import SKIPPED, left_out_of
 from vit_nabirds.parallel import devices
 from vit_nabirds.parallel.group import ProcessGroup
 from vit_nabirds.recipe.rules import describe_rules
-from vit_nabirds.runs.pictures import draw_grid
+from vit_nabirds.runs.pictures import draw_row
 from vit_nabirds.runs.provenance import add_start, as_table, provenance
 from vit_nabirds.runs.tracker import Tracker
 from vit_nabirds.runs.trackers import RunInfo
@@ -25,7 +25,7 @@ from vit_nabirds.training.step import augmented, is_mixed
 
 log = logging.getLogger("vit_nabirds")
 
-SHOWN = 8  # photographs of the first batch
+SHOWN = 4  # photographs in a picture: TensorBoard shows them small
 
 
 def introduce(run: Run, group: ProcessGroup, tensorboard: str) -> None:
@@ -87,30 +87,34 @@ def describe_start(run: Run, tracker: Tracker, group: ProcessGroup) -> None:
     add_start(run.workdir, start)
     changed, usual = _by_default(run)
     tables = [
-        as_table([(name, f"**{value}**", default) for name, value, default in changed], ("field", "value", "default")),
-        as_table(usual, ("field at its default", "value", "")) if usual else "",
+        as_table(changed, ("field", "value", "default")),
+        as_table([row[:2] for row in usual], ("field at its default", "value")) if usual else "",
     ]
     tracker.text("config", "\n\n".join(tables))
     tracker.text("start", as_table(list(start.items()), ("what", "value")))
-    tracker.images("train/augmented", run.start, first_batch(run))
+    images, captions = first_batch(run)
+    for name, first in (("train/augmented", 0), ("train/augmented_more", SHOWN)):
+        if captions[first:]:
+            row = slice(first, first + SHOWN)
+            tracker.images(name, run.start, draw_row(images[row], captions[row]))
 
 
-def first_batch(run: Run) -> np.ndarray:
-    """A picture of the first photographs of the global batch, as one of many hosts would read them."""
-    config = run.config
-    shard = grain.sharding.ShardOptions(0, max(1, config.batch_size // SHOWN))
+def first_batch(run: Run) -> tuple[np.ndarray, list[tuple[str, str]]]:
+    """Photographs of the first global batch as the model sees them, with their captions."""
+    config, most = run.config, 2 * SHOWN
+    shard = grain.sharding.ShardOptions(0, max(1, config.batch_size // most))  # as one of many hosts would read them
     batch = train_block(
         run.train_split, config.batch_size, config.seed, run.start, shard, config.data.tolerated is not None,
         config.data.sampling, config.data.repeats,
     )  # fmt: skip
-    count = 2 * (min(len(batch["row"]), SHOWN) // 2) or 1  # images are mixed in pairs
+    count = 2 * (min(len(batch["row"]), most) // 2) or 1  # images are mixed in pairs
     shown, _ = jax.jit(functools.partial(augmented, config, run.model))(
         run.start, batch["image"][:count], batch["label"][:count], np.arange(count)
     )
     captions = captions_of(run.table[batch["row"][:count].tolist()])
     if is_mixed(config):  # each is in the picture of its neighbour too
         captions = [tuple(map(" + ".join, zip(captions[i], captions[i ^ 1], strict=True))) for i in range(count)]
-    return draw_grid(np.asarray(shown), captions)
+    return np.asarray(shown), captions
 
 
 def captions_of(table: pl.DataFrame) -> list[tuple[str, str]]:
@@ -119,4 +123,4 @@ def captions_of(table: pl.DataFrame) -> list[tuple[str, str]]:
 
 
 def credit(photographer: str | None) -> str:
-    return f"photo: {photographer or 'unknown'}"
+    return f"by {photographer or 'unknown'}"

@@ -48,7 +48,8 @@ def train(
     With `accept_changes` it goes on with another recipe, and from an earlier checkpoint, `from_step`. Trackers compare
     the runs of an `experiment`; `tensorboard` is how the user starts that program.
     """
-    check_trackers(config.track)
+    if group.is_writer:
+        check_trackers(config.track)
     with contextlib.ExitStack() as stack:
         signals = {signal.Signals[f"SIG{name}"] for name in config.stop_signals.split(",")}
         stop = stack.enter_context(StopRequest(group.is_writer, signals))
