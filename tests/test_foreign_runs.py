@@ -141,11 +141,11 @@ def test_names_of_classes_break_nothing_that_is_exported(workdir, tmp_path):
 
 def test_pictures_are_captioned_whatever_a_class_is_called():
     from vit_nabirds.errors import visible
-    from vit_nabirds.runs.grid import draw_grid
+    from vit_nabirds.runs.pictures import draw_row
 
     names = [visible(name) for name in ("a\nb", "x" * 1000, "\x1b", "\u202ea", "\ud800")]
     images = np.zeros((len(names), 16, 16, 3), np.float32)
-    assert draw_grid(images, [(name, name) for name in names]).ndim == 3
+    assert draw_row(images, [(name, name) for name in names]).ndim == 3
 
 
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "SSH_AUTH_SOCK", "PASSWORD")

@@ -15,6 +15,7 @@ from vit_nabirds.audit import program
 from vit_nabirds.audit.estimate import largest_batch
 from vit_nabirds.errors import ConfigError
 from vit_nabirds.parallel import gpus
+from vit_nabirds.training.products import flops_of_products
 
 compiles = pytest.mark.skipif(not gpus.can_compile(), reason="JAX's CUDA plug-in is not here: run `make gpu-compile`")
 REPOSITORY = Path(__file__).parent.parent
@@ -240,7 +241,7 @@ def test_what_a_loop_repeats_counts_as_often():
     assert [c.bytes for c in program.collectives(LOOP)] == [32] * 6
     assert program.memory_traffic(LOOP) == 6 * 2 * 32
     square = jax.make_jaxpr(lambda x: jax.lax.scan(lambda y, _: (y @ x, None), x, length=5)[0])(jnp.ones((8, 8)))
-    assert program.flops_of_products(square.jaxpr) == 5 * 2 * 8**3
+    assert flops_of_products(square.jaxpr) == 5 * 2 * 8**3
 
 
 def test_products_that_are_not_needed_are_not_counted():
@@ -248,6 +249,6 @@ def test_products_that_are_not_needed_are_not_counted():
         return x @ x, (x.T @ x @ x)[0]
 
     def counted(function):
-        return program.flops_of_products(jax.make_jaxpr(function)(jnp.ones((8, 8))).jaxpr)
+        return flops_of_products(jax.make_jaxpr(function)(jnp.ones((8, 8))).jaxpr)
 
     assert counted(half) == 3 * counted(lambda x: half(x)[0]) == 3 * 2 * 8**3

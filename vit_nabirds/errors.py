@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import reprlib
+import sys
 
 
 class UserError(Exception):
@@ -110,8 +111,12 @@ def _message_of(error: BaseException) -> str | None:
 
 def say(line: str) -> None:
     """Write lines to stderr, from any thread or signal handler. A reader that has gone must not stop the work."""
+    text = visible(line, keep="\n\t") + "\n"
     with contextlib.suppress(OSError):
-        os.write(2, visible(line, keep="\n\t").encode() + b"\n")
+        if hasattr(sys.stderr, "rich_proxied_file"):  # above what terminal.py shows
+            sys.stderr.write(text)
+        else:
+            os.write(2, text.encode())
 
 
 LONGEST = 4000  # characters of a message
@@ -139,3 +144,9 @@ def quoted(text: object, most: int = 200) -> str:
 
 def _shortened(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def without_secrets(text: str) -> str:
+    """Without user and password in addresses, and what looks like a key or token in them."""
+    text = re.sub(r"(\w+://)[^\s/@]+@", r"\1…@", text)
+    return re.sub(r"(?i)((?:key|token|secret|password|passwd|auth\w*)[\"']?\s*[=:]\s*)[^\s&,;]+", r"\1…", text)

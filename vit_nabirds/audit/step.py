@@ -15,6 +15,7 @@ from vit_nabirds.audit.program import Collective
 from vit_nabirds.errors import ConfigError
 from vit_nabirds.parallel.gpus import OPTIONS, Machines
 from vit_nabirds.training.microbatch import Memory, largest_that_fits
+from vit_nabirds.training.products import flops_of_products
 from vit_nabirds.training.run import Run
 from vit_nabirds.training.step import is_mixed
 
@@ -47,7 +48,7 @@ def audit(run: Run, options: dict | None, batch_size: int, microbatch: int) -> A
     text = compiled.as_text()
     batch = _bytes(run.batch_shapes(batch_size))
     return Audit(
-        Memory.of(compiled), batch // run.mesh.size, program.flops_of_products(traced.jaxpr.jaxpr),
+        Memory.of(compiled), batch // run.mesh.size, flops_of_products(traced.jaxpr.jaxpr),
         program.memory_traffic(text), program.collectives(text), program.fused_attentions(text),
         microbatch,
     )  # fmt: skip

@@ -111,9 +111,11 @@ def prepare(asked: Asked) -> "Run":
     import jax
 
     from vit_nabirds.parallel import devices, gpus
+    from vit_nabirds.runs.trackers import check as check_trackers
     from vit_nabirds.training.run import check_batch_size, prepare_run
 
     config, machines, options = asked.config, asked.machines, asked.options
+    check_trackers(config.track)
     check_batch_size(config, asked.devices)  # also where there are fewer CPU devices to compile for
     mesh = None  # as train would make it here
     if machines:

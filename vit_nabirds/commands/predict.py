@@ -69,19 +69,17 @@ def predict(images: Path, out: Path, topk: int = 5, boxes: Path | None = None, *
     check_output(out)
     files = find_images(images)
     import cv2
-    from tqdm import tqdm
 
     from vit_nabirds.data.boxes import BoxFinder
     from vit_nabirds.evaluation.classifier import Classifier
+    from vit_nabirds.terminal import progress
 
     find = boxes and BoxFinder(boxes, files, images if images.is_dir() else images.parent)
     classifier = Classifier(**source)
     cv2.setNumThreads(1)  # one reading thread runs on each core already
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as unfinished:
         rows = Path(unfinished) / "rows"
-        answers = tqdm(
-            classifier(files, topk, find), total=len(find or files), unit=" boxes" if find else " images", disable=None
-        )
+        answers = progress(classifier(files, topk, find), len(find or files), "boxes" if find else "images")
         named, problems = write_rows(answers, rows)
         finished = rows if out.suffix == ".jsonl" else write_table(rows, out.suffix)
         finished.replace(out)

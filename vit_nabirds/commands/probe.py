@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+from vit_nabirds.commands.train import experiment_of
 from vit_nabirds.config import Config
 from vit_nabirds.config.fields import flat
 from vit_nabirds.errors import ConfigError
@@ -26,7 +27,7 @@ def run(options, group) -> int:
     rates, decays = to_try(config, options.learning_rates, options.weight_decays)
     from vit_nabirds.training.probe import probe
 
-    return probe(config, Path(options.workdir), group, rates, decays)
+    return probe(config, Path(options.workdir), group, rates, decays, experiment_of(options))
 
 
 def to_try(config: Config, learning_rates: str | None, weight_decays: str | None) -> tuple[list[float], list[float]]:

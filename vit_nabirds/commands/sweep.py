@@ -42,7 +42,7 @@ class Planned(NamedTuple):
 
 
 def run(options, group) -> int:
-    from vit_nabirds.commands.train import train_or_resume
+    from vit_nabirds.commands.train import experiment_of, train_or_resume
 
     runs = planned(options.config, Path(options.workdir), options.set)
     index = number_of(options.index, len(runs))
@@ -53,7 +53,7 @@ def run(options, group) -> int:
             print("\n".join(listed(runs) if index is None else [str(runs[index].workdir)]))
         return 0
     if index is not None:
-        return train_or_resume(runs[index].config, runs[index].workdir, group)
+        return train_or_resume(runs[index].config, runs[index].workdir, group, experiment_of(options))
     if group.num_processes > 1:
         raise ConfigError(
             f"sweep starts its trainings itself, but there are {group.num_processes} processes of it: start it as one "

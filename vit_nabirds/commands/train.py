@@ -2,6 +2,7 @@
 
 import logging
 import shlex
+import sys
 from pathlib import Path
 
 from vit_nabirds.commands.invocation import program, relative, tool
@@ -26,10 +27,10 @@ def run(options, group) -> int:
     if options.from_step is not None and not options.accept_changes:
         raise ConfigError("--from_step needs --accept_changes: what the run has learned after it is left aside.")
     changes = {"accept_changes": options.accept_changes, "from_step": options.from_step}
-    return train_or_resume(config, workdir_of(options), group, **changes)
+    return train_or_resume(config, workdir_of(options), group, experiment_of(options), **changes)
 
 
-def train_or_resume(config: Config, workdir: Path, group, **changes) -> int:
+def train_or_resume(config: Config, workdir: Path, group, experiment: str, **changes) -> int:
     """Train with the group's processes, also from the checkpoint before a damaged one; returns the exit code."""
     from vit_nabirds.parallel.launchers import check_same_program
 
@@ -40,19 +41,28 @@ def train_or_resume(config: Config, workdir: Path, group, **changes) -> int:
     code = None
     while code is None:
         try:
-            code = train(config, workdir, group, **changes)
+            code = train(
+                config, workdir, group, experiment=experiment, tensorboard=tool("tensorboard"), **changes
+            )  # fmt: skip
         except DamagedCheckpoint as damage:  # of several processes all end, and the job is queued again
             if damage.folder.exists():
                 raise
             log.warning("%s", damage)
     if code == FINISHED:
         log.info("%s", next_commands(workdir, config.data.synthetic))
+    elif sys.stderr.isatty():  # under a launcher, the job's script starts it again
+        log.info("to go on:  %s", shlex.join([*shlex.split(program()), *sys.argv[1:]]))
     return code
 
 
 def workdir_of(options) -> Path:
     """--workdir, or a folder with the name of the configuration file."""
-    return Path(options.workdir or f"runs/{Path(options['config'].config_filename.split(':')[0]).stem}")
+    return Path(options.workdir or f"runs/{experiment_of(options)}")
+
+
+def experiment_of(options) -> str:
+    """The name of the configuration file: that of a demo, where none is given."""
+    return Path(options["config"].config_filename.split(":")[0]).stem
 
 
 def next_commands(workdir: Path, on_drawn_birds: bool) -> str:

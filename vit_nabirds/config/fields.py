@@ -3,7 +3,7 @@
 import dataclasses
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Self
 
 import ml_collections
@@ -63,6 +63,16 @@ def _is_pattern(text: str) -> bool:
 PATTERN = Check(_is_pattern, "a regular expression, '.*' for all parameters")
 
 
+TRACKERS = ("tensorboard", "mlflow", "wandb")
+
+
+def _names(value: str | Iterable[str]) -> tuple[str, ...]:
+    """'mlflow,wandb', as a command line has it, or several of such texts."""
+    text = ",".join([value] if isinstance(value, str) else value)
+    return tuple(filter(None, map(str.strip, text.split(","))))
+
+
+TRACK = Check(lambda x: set(x) <= set(TRACKERS), f"out of {', '.join(TRACKERS)}, separated by commas", _names)
 REMAT = one_of("none", "elementwise", "blocks")._replace(
     parse=lambda x: {"True": "blocks", "False": "none"}.get(str(x).capitalize(), x)  # it was a bool
 )
@@ -277,6 +287,9 @@ class Config:
         MINUTES,
     )  # fmt: skip
     log_every: int = _field(50, "steps", POSITIVE)
+    track: tuple[str, ...] = _field(
+        ("tensorboard",), "where curves go: 'mlflow' and 'wandb' too, or one of them; 'tensorboard' always", TRACK
+    )
     profile: StepRange = _field("", "'10-12' writes a trace of these steps into the workdir's tensorboard/", STEP_RANGE)
     remat: str = _field(
         "none", "what the backward pass computes again, for less memory: 'blocks' whole (up to a third more work), or "
@@ -482,7 +495,7 @@ def _as_written(section: Any) -> dict:
 # the losses, by rounding.
 FREE_ON_RESUME = re.compile(
     r"data\.(root|synthetic|on_error|max_skipped|workers)|cpu_devices|checkpoint\..*|evaluate\.(every|patience)|log_every|profile"
-    r"|max_bad_steps|watchdog_timeout|stop_signals|remat|microbatch|mesh\.fsdp|model\.pretrained"
+    r"|max_bad_steps|watchdog_timeout|stop_signals|remat|microbatch|mesh\.fsdp|model\.pretrained|track"
 )
 
 

@@ -12,7 +12,6 @@ from typing import IO
 
 import numpy as np
 import polars as pl
-from tqdm import tqdm
 
 from vit_nabirds.data.images import PACK_FILES, PACK_INDEX
 from vit_nabirds.data.photographs import Photographs, open_split
@@ -20,6 +19,7 @@ from vit_nabirds.data.table import PREPARED, read_prepared, read_table
 from vit_nabirds.errors import UserError, remedy_of
 from vit_nabirds.parallel.cpus import cpu_share
 from vit_nabirds.parallel.locks import lock
+from vit_nabirds.terminal import progress
 
 SPLIT = {True: "train", False: "test"}  # of a table without validation photographs
 
@@ -55,7 +55,7 @@ def _is_intact(root: Path, table: pl.DataFrame) -> bool:
         for train, name in PACK_FILES.items():
             split = open_split(root, table, SPLIT[train])
             image = np.empty((split.size, split.size, 3), np.uint8)
-            for index in tqdm(range(len(split)), desc=f"checking {name}", disable=None):
+            for index in progress(range(len(split)), len(split), "images", f"checking {name}"):
                 split.read(index, image)
     except UserError as error:
         if isinstance(error.__context__, OSError) and not isinstance(error.__context__, FileNotFoundError):
@@ -76,7 +76,7 @@ def _write_pack(root: Path, table: pl.DataFrame) -> None:
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(split), split.size, split.size, 3)}
         with _written_whole(folder / name) as opened:
             np.lib.format.write_array_header_1_0(opened, header)
-            images = tqdm(_decoded(split), total=len(split), desc=name, unit=" images", disable=None)
+            images = progress(_decoded(split), len(split), "images", f"writing {name}")
             for row, image in zip(split.rows, images, strict=True):
                 crc32[row] = zlib.crc32(image)
                 opened.write(image)

@@ -21,7 +21,6 @@ import cv2
 import numpy as np
 import polars as pl
 import simplejpeg
-from tqdm import tqdm
 
 from vit_nabirds.data import taxonomy
 from vit_nabirds.data.archives import Archive, read_archive
@@ -37,6 +36,7 @@ from vit_nabirds.data.table import BIRD, PARQUET_ERRORS, PREPARED, SKIPPED
 from vit_nabirds.errors import ConfigError, UserError, quoted, remedy_of
 from vit_nabirds.parallel.cpus import cpu_share
 from vit_nabirds.parallel.locks import lock
+from vit_nabirds.terminal import progress
 
 # The columns that an image's pixels depend on: after a change of any other one, finished images stay valid.
 _GEOMETRY = ["path", "source", *BOX, "width", "height", "is_training_img"]
@@ -212,7 +212,7 @@ def _prepare_images(
     cleaned, known = out / "cleaned_images", _known_checksums(out)
     present = _start(out, table, stored)
     job = _Job(read.folder, cleaned, settings, policy.max_pixels, present, known)
-    found = list(tqdm(job.run(table), total=table.height, unit=" images", disable=None))
+    found = list(progress(job.run(table), table.height, "images", "cropping"))
     if job.written:
         discard_pack(out)
     notes.update(job.oddities)

@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import os
+import resource
+import sys
 from collections.abc import Sequence
 
 import jax
@@ -55,6 +57,17 @@ def all_devices() -> list[jax.Device]:
 def own(mesh: Mesh) -> jax.Device:
     """The first device of this process in the mesh."""
     return next(device for device in mesh.devices.flat if device.process_index == jax.process_index())
+
+
+def most_memory() -> int:
+    """Bytes: the most that was taken so far on a device of this process; without accelerators, by the process."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return (
+        max(x.get("peak_bytes_in_use", 0) for x in stats) or _RSS * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
+
+
+_RSS = 1 if sys.platform == "darwin" else 1024  # bytes in the system's unit
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

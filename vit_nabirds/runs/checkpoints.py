@@ -202,6 +202,11 @@ class Checkpoints:
             self._error = error
 
     @property
+    def newest(self) -> int | None:
+        """Step of the last save of this process that is complete."""
+        return self._newest
+
+    @property
     def has_failed(self) -> bool:
         """Whether the save under way has: `wait` says why."""
         return self._error is not None

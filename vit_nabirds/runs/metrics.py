@@ -1,8 +1,50 @@
 """metrics.jsonl: a line for each logged step and each evaluation. It is a log: no resume needs it."""
 
+import json
+import logging
 from pathlib import Path
 
 from vit_nabirds.config.json_files import parse_object
+
+log = logging.getLogger("vit_nabirds")
+
+
+class MetricsFile:
+    """Continues a metrics.jsonl after step `start`: later lines are trained again, damaged ones go to metrics.damaged.
+
+    Lines that a full disk does not take are kept until it does.
+    """
+
+    def __init__(self, file: Path, start: int) -> None:
+        lines, damaged = split_metrics(file)
+        if damaged:
+            aside = file.with_suffix(".damaged")
+            with aside.open("ab") as unread:
+                unread.writelines(line + b"\n" for line in damaged)
+            log.warning("%s: %d line(s) could not be read and are in %s now", file, len(damaged), aside.name)
+        self.earlier = lines  # also those that are trained again
+        partial = file.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start))
+        partial.replace(file)
+        self._file, self._unwritten = file.open("ab", buffering=0), b""
+
+    def write(self, line: dict) -> None:
+        self._write(json.dumps(line).encode() + b"\n")
+
+    def _write(self, line: bytes) -> None:
+        had_room, self._unwritten = not self._unwritten, self._unwritten + line
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if had_room:
+                log.warning("%s cannot be written (%s): its lines wait", self._file.name, error.strerror)
+
+    def close(self) -> None:
+        self._write(b"")
+        if self._unwritten:
+            log.warning("%d lines of %s are lost", self._unwritten.count(b"\n"), self._file.name)
+        self._file.close()
 
 
 def read_metrics(file: Path) -> list[dict]:

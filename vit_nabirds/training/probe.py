@@ -24,8 +24,11 @@ from vit_nabirds.runs.checkpoints import Checkpoints, existing
 from vit_nabirds.runs.compiled import keep_compiled
 from vit_nabirds.runs.files import write_json
 from vit_nabirds.runs.tracker import Tracker
+from vit_nabirds.runs.trackers import check as check_trackers
+from vit_nabirds.training.conclusion import conclude
 from vit_nabirds.training.evaluator import Evaluator
 from vit_nabirds.training.features import features_of
+from vit_nabirds.training.introduction import info_of
 from vit_nabirds.training.run import Run, prepare_run
 from vit_nabirds.training.saver import Saver
 from vit_nabirds.training.state import TrainState
@@ -44,7 +47,12 @@ RATES = ("learning_rate", "weight_decay")  # fields of the optimizer
 
 
 def probe(
-    config: Config, workdir: Path, group: ProcessGroup, learning_rates: Sequence[float], weight_decays: Sequence[float]
+    config: Config,
+    workdir: Path,
+    group: ProcessGroup,
+    learning_rates: Sequence[float],
+    weight_decays: Sequence[float],
+    experiment: str = "probe",
 ) -> int:
     """Make `workdir` a complete run whose classifier is the best of a sweep; returns the exit code, as `train` does.
 
@@ -52,6 +60,7 @@ def probe(
     the best figure on the validation photographs is scored on the test photographs, once.
     """
     check_unused(config)
+    check_trackers(config.track)
     config = config.replace(UNCHANGED)
     tried = {"learning_rates": list(learning_rates), "weight_decays": list(weight_decays)}
     check_sweep(config, tried, group)
@@ -74,19 +83,27 @@ def probe(
         if checkpoints.steps != run.saved_steps:
             raise UserError(f"another process has just trained in {workdir}: run the same command again.")
         keep_compiled(workdir / "compiled", True)
-        if not run.saved_steps and (run := search(run, loaded, tried, checkpoints, stop, watchdog)) is None:
+        if not run.saved_steps and (run := search(run, loaded, tried, checkpoints, stop, watchdog, experiment)) is None:
             return _stopped()
-        tracker = stack.enter_context(contextlib.closing(Tracker(workdir, run.plan, run.plan.total_steps, True)))
+        tracker = stack.enter_context(contextlib.closing(tracker_of(run, run.plan.total_steps, experiment)))
         results = Evaluator(run, tracker, checkpoints, stop, watchdog, True).finish(run.plan.total_steps)
         if results is None:
             return _stopped()
+        if not (workdir / "results.json").exists():
+            conclude(run, tracker, results)
         write_json(workdir / "results.json", results | {"sweep": _read_sweep(workdir)["found"]})
     log.info("finished: %s", in_words(results, run.plan.total_steps))
     return FINISHED
 
 
 def search(
-    run: Run, loaded: dict, tried: dict, checkpoints: Checkpoints, stop: StopRequest, watchdog: Watchdog
+    run: Run,
+    loaded: dict,
+    tried: dict,
+    checkpoints: Checkpoints,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    experiment: str,
 ) -> Run | None:
     """Train and compare all classifiers, and save the best with its model as the run's last step.
 
@@ -105,7 +122,7 @@ def search(
     for line in table_of(found, best, run.selection.metric):
         log.info("%s", line)
     run = configured(run, best)
-    _record(run, best, found, tried)
+    _record(run, best, found, tried, experiment)
     saver = Saver(run, checkpoints, watchdog, ProcessGroup())
     saver.save(run.plan.total_steps, with_candidate(state, best, run.plan.total_steps))
     saver.finish()
@@ -194,7 +211,7 @@ def _as_json(candidate: Candidate) -> dict[str, float]:
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
-def _record(run: Run, best: Candidate, found: Sequence[Candidate], tried: dict) -> None:
+def _record(run: Run, best: Candidate, found: Sequence[Candidate], tried: dict, experiment: str) -> None:
     """All that the workdir says beside the checkpoint, before it is there."""
     last = run.plan.total_steps
     write_json(run.workdir / SWEEP, {"tried": tried, "found": [_as_json(candidate) for candidate in found]})
@@ -202,11 +219,16 @@ def _record(run: Run, best: Candidate, found: Sequence[Candidate], tried: dict) 
     if best.figures:
         run.selection.evaluations[last] = best.figures
     run.selection.write()
-    with contextlib.closing(Tracker(run.workdir, run.plan, 0, True)) as tracker:
+    with contextlib.closing(tracker_of(run, 0, experiment)) as tracker:
         for step, values in best.train.items():
             tracker.scalars(step, values)
         if best.figures:
             tracker.scalars(last, best.figures)
+
+
+def tracker_of(run: Run, start: int, experiment: str) -> Tracker:
+    info = dataclasses.replace(info_of(run, experiment), start=start)
+    return Tracker(info, run.plan, run.config.track, is_writer=True)
 
 
 def _as_found(config: Config, workdir: Path, tried: dict[str, list[float]]) -> Config:

@@ -10,6 +10,8 @@ import jax
 
 from vit_nabirds.data.batches import rows_of_step
 from vit_nabirds.errors import UserError
+from vit_nabirds.parallel import devices
+from vit_nabirds.parallel.gpus import peak_of
 from vit_nabirds.runs.tracker import Tracker
 from vit_nabirds.training.run import Run
 
@@ -33,6 +35,7 @@ class Reporter:
         self._run, self._plan, self._batch_size, self._tracker = run, run.plan, run.config.batch_size, tracker
         self._unreported = collections.deque()
         self._bad, self._bad_in_a_row = 0, 0
+        self._peak = peak_of(devices.own(run.mesh).device_kind, run.config.compute_dtype)
         self.restart(run.start)
 
     @contextlib.contextmanager
@@ -95,11 +98,17 @@ class Reporter:
         )  # fmt: skip
 
     def _speed(self, step: int) -> dict[str, float]:
-        """Images per second, and the share of the time that the host waited for input, since the last report."""
+        """Images per second, the share of the time that the host waited for input, that of the GPU's peak, all since
+        the last report; and the memory."""
         if step <= self._since:
             return {}
-        seconds = time.monotonic() - self._started
-        images = (step - self._since) * self._batch_size
-        values = {"train/images_per_second": images / seconds, "train/input_wait": self._waited / seconds}
+        seconds, steps = time.monotonic() - self._started, step - self._since
+        values = {
+            "train/images_per_second": steps * self._batch_size / seconds,
+            "train/input_wait": self._waited / seconds,
+        }
+        if self._peak:
+            values["train/mfu"] = steps * self._run.step_flops / (seconds * self._peak)
+        values["train/memory_gib"] = devices.most_memory() / 2**30
         self.restart(step)
         return values

@@ -43,6 +43,7 @@ from vit_nabirds.runs.loading import base_params
 from vit_nabirds.runs.selection import Selection, metric_of
 from vit_nabirds.runs.start import starting_point
 from vit_nabirds.training.microbatch import Memory, largest_that_fits, memory_of
+from vit_nabirds.training.products import flops_of_products
 from vit_nabirds.training.state import TrainState
 from vit_nabirds.training.step import is_mixed, make_train_step
 
@@ -124,10 +125,19 @@ class Run:
         microbatch = max(0, self.config.microbatch) if microbatch is None else microbatch
         return self.make_step(microbatch).trace(self.state_shapes(), self.batch_shapes(batch_size))
 
+    @functools.cached_property
+    def traced_step(self) -> jax.stages.Traced:
+        return self.trace_step()
+
+    @functools.cached_property
+    def step_flops(self) -> int:
+        """Floating-point operations of a step's matrix products on one device."""
+        return flops_of_products(self.traced_step.jaxpr.jaxpr)
+
     def compile_step(self, traced: jax.stages.Traced | None = None, options: dict | None = None) -> jax.stages.Compiled:
         """The same, compiled, which takes seconds to minutes; with microbatch -1 for one size after another."""
         if traced or self.config.microbatch != -1:
-            return self._compile(traced or self.trace_step(), options)
+            return self._compile(traced or self.traced_step, options)
         compiled = functools.cache(lambda microbatch: self._compile(self.trace_step(None, microbatch), options))
         share, available = self.config.batch_size // self.mesh.size, memory_of(devices.own(self.mesh))
 

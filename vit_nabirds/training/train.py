@@ -1,40 +1,32 @@
 """A whole training: set up, run, report."""
 
 import contextlib
-import functools
-import json
 import logging
 import signal
 import time
 from pathlib import Path
 
-import grain
-import jax
-import numpy as np
-import polars as pl
-
 from vit_nabirds.config import Config
-from vit_nabirds.data.batches import train_block
 from vit_nabirds.data.prepare import prepare
 from vit_nabirds.data.synthetic import draw_archive
-from vit_nabirds.data.table import SKIPPED, left_out_of
 from vit_nabirds.errors import ConfigError, UserError
 from vit_nabirds.parallel.group import ProcessGroup
 from vit_nabirds.parallel.locks import lock
 from vit_nabirds.parallel.preemption import EXIT_STOPPED, StopRequest
 from vit_nabirds.parallel.watchdog import Watchdog
-from vit_nabirds.recipe.rules import describe_rules
 from vit_nabirds.runs.checkpoints import Checkpoints, damage_set_aside, free_name
 from vit_nabirds.runs.compiled import keep_compiled
 from vit_nabirds.runs.files import write_json
 from vit_nabirds.runs.selection import PREDICTIONS
 from vit_nabirds.runs.tracker import Tracker
+from vit_nabirds.runs.trackers import check as check_trackers
+from vit_nabirds.training.conclusion import conclude
 from vit_nabirds.training.evaluator import Evaluator
+from vit_nabirds.training.introduction import describe_start, info_of, introduce
 from vit_nabirds.training.loop import fit
 from vit_nabirds.training.reporter import Reporter
 from vit_nabirds.training.run import Run, prepare_run
 from vit_nabirds.training.saver import Saver
-from vit_nabirds.training.step import augmented, is_mixed
 from vit_nabirds.training.tracer import Tracer
 
 log = logging.getLogger("vit_nabirds")
@@ -43,12 +35,21 @@ FINISHED = 0
 
 
 def train(
-    config: Config, workdir: Path, group: ProcessGroup, accept_changes: bool = False, from_step: int | None = None
+    config: Config,
+    workdir: Path,
+    group: ProcessGroup,
+    accept_changes: bool = False,
+    from_step: int | None = None,
+    experiment: str = "train",
+    tensorboard: str = "tensorboard",
 ) -> int:
     """Train or resume the run in `workdir`; returns the exit code: 0 finished, 75 stopped with everything saved.
 
-    With `accept_changes` it goes on with another recipe, and from an earlier checkpoint, `from_step`.
+    With `accept_changes` it goes on with another recipe, and from an earlier checkpoint, `from_step`. Trackers compare
+    the runs of an `experiment`; `tensorboard` is how the user starts that program.
     """
+    if group.is_writer:
+        check_trackers(config.track)
     with contextlib.ExitStack() as stack:
         signals = {signal.Signals[f"SIG{name}"] for name in config.stop_signals.split(",")}
         stop = stack.enter_context(StopRequest(group.is_writer, signals))
@@ -85,8 +86,14 @@ def train(
         with damage_set_aside(workdir):
             state = run.restore(checkpoints, loaded) if run.saved_steps else run.first_state(loaded)
         del loaded
-        tracker = stack.enter_context(contextlib.closing(Tracker(workdir, run.plan, run.start, group.is_writer)))
-        introduce(run, tracker, group)
+        introduce(run, group, tensorboard)
+        info = info_of(run, experiment)
+        tracker = Tracker(
+            info, run.plan, config.track, group.is_writer, lambda: checkpoints.newest or run.start or None
+        )
+        stack.enter_context(contextlib.closing(tracker))
+        if group.is_writer and run.goes_on:
+            describe_start(run, tracker, group)
 
         reporter = Reporter(run, tracker)
         saver = Saver(run, checkpoints, watchdog, group)
@@ -100,12 +107,17 @@ def train(
         ended = step == run.plan.total_steps or run.has_converged
         results = evaluator.finish(step) if ended and not evaluator.is_behind(step) else None
         if results is None:
-            when = f" {time.monotonic() - stop.since:.1f} s after the signal" if stop.requested else ""
-            total = run.plan.total_steps
-            log.info("stopped at step %d of %d, all saved%s: run the same command again to resume", step, total, when)
+            when = f", {time.monotonic() - stop.since:.1f} s after the signal" if stop.requested else ""
+            log.info(
+                "stopped at step %d of %d, all saved in %s%s: run the same command again to resume",
+                step, run.plan.total_steps, workdir / "checkpoints" / str(step), when,
+            )  # fmt: skip
             return EXIT_STOPPED
         if group.is_writer:
+            is_new = not (workdir / "results.json").exists()
             write_json(workdir / "results.json", results)
+            if is_new:
+                conclude(run, tracker, results)
     log.info("finished: %s", in_words(results, run.plan.total_steps))
     return FINISHED
 
@@ -135,51 +147,6 @@ def holds_birds(root: Path) -> bool:
     if root.is_dir() and any(root.iterdir()) and not (root / "archive").exists():
         raise ConfigError(f"config.data.root is {root}, which holds other files: birds are drawn into a new folder.")
     return False
-
-
-def introduce(run: Run, tracker: Tracker, group: ProcessGroup) -> None:
-    """What a reader of the log and of TensorBoard wants to know first, with the pictures of the first batch."""
-    shapes, config, plan = run.model.shapes, run.config, run.plan
-    total, trained = (sum(int(np.prod(shapes[path].shape)) for path in paths) for paths in (shapes, run.trainable))
-    log.info(
-        "%s: %s; %s parameters, %s of them trained, in %s; steps %d to %d on %d %s device(s) of %d process(es)%s",
-        run.workdir, run.data_in_words, f"{total:,}", f"{trained:,}", config.compute_dtype, run.start,
-        plan.total_steps, run.mesh.size, jax.default_backend(), group.num_processes, memory_in_words(run),
-    )  # fmt: skip
-    if left_out := left_out_of(root := Path(config.data.root)):
-        log.warning("%d photographs were left out when the data were prepared: %s", left_out, root / SKIPPED)
-    if run.validation_split and (missing := run.model.num_classes - len(np.unique(run.validation_split.labels))):
-        log.warning("%d of the classes have no validation photograph (docs/data.md says why)", missing)
-    for line in describe_rules(run.rules, shapes):
-        log.info("  %s", line)
-    tracker.text("config", f"```\n{json.dumps(run.metadata.config, indent=2)}\n```")
-    if group.is_writer and run.start < plan.total_steps:
-        # The first 16 or so of the global batch, as one of many hosts would read them.
-        shard = grain.sharding.ShardOptions(0, max(1, config.batch_size // 16))
-        batch = train_block(
-            run.train_split, config.batch_size, config.seed, run.start, shard, config.data.tolerated is not None,
-            config.data.sampling, config.data.repeats,
-        )  # fmt: skip
-        count = 2 * (len(batch["row"]) // 2) or 1  # images are mixed in pairs
-        shown, _ = jax.jit(functools.partial(augmented, config, run.model))(
-            run.start, batch["image"][:count], batch["label"][:count], np.arange(count)
-        )
-        captions = (
-            run.table[batch["row"][:count].tolist()].select("class_name", pl.col("photographer").fill_null("")).rows()
-        )
-        if is_mixed(config):  # each is in the picture of its neighbour too
-            captions = [tuple(map(" + ".join, zip(captions[i], captions[i ^ 1], strict=True))) for i in range(count)]
-        tracker.images("train/augmented", run.start, np.asarray(shown), captions)
-
-
-def memory_in_words(run: Run) -> str:
-    """What the run does to save memory, for the log."""
-    config, fsdp = run.config, run.mesh.shape["fsdp"]
-    words = [f"parameters shared by {fsdp}"] * (fsdp > 1) + [f"microbatch {config.microbatch}"] * (
-        config.microbatch != 0
-    )
-    words += [f"remat {config.remat}"] * (config.remat != "none")
-    return "".join(f", {word}" for word in words)
 
 
 def make_tracer(run: Run, group: ProcessGroup) -> Tracer:
