@@ -27,6 +27,7 @@ from vit_nabirds.recipe.rules import describe_rules
 from vit_nabirds.runs.checkpoints import Checkpoints, damage_set_aside, free_name
 from vit_nabirds.runs.compiled import keep_compiled
 from vit_nabirds.runs.files import write_json
+from vit_nabirds.runs.record import record_start
 from vit_nabirds.runs.selection import PREDICTIONS
 from vit_nabirds.runs.tracker import Tracker
 from vit_nabirds.training.evaluator import Evaluator
@@ -139,12 +140,11 @@ def holds_birds(root: Path) -> bool:
 
 def introduce(run: Run, tracker: Tracker, group: ProcessGroup) -> None:
     """What a reader of the log and of TensorBoard wants to know first, with the pictures of the first batch."""
-    shapes, config, plan = run.model.shapes, run.config, run.plan
-    total, trained = (sum(int(np.prod(shapes[path].shape)) for path in paths) for paths in (shapes, run.trainable))
+    shapes, config, plan, facts = run.model.shapes, run.config, run.plan, run.facts
     log.info(
         "%s: %s; %s parameters, %s of them trained, in %s; steps %d to %d on %d %s device(s) of %d process(es)%s",
-        run.workdir, run.data_in_words, f"{total:,}", f"{trained:,}", config.compute_dtype, run.start,
-        plan.total_steps, run.mesh.size, jax.default_backend(), group.num_processes, memory_in_words(run),
+        run.workdir, run.data_in_words, f"{facts['parameters']:,}", f"{facts['trained']:,}", config.compute_dtype,
+        run.start, plan.total_steps, run.mesh.size, jax.default_backend(), group.num_processes, memory_in_words(run),
     )  # fmt: skip
     if left_out := left_out_of(root := Path(config.data.root)):
         log.warning("%d photographs were left out when the data were prepared: %s", left_out, root / SKIPPED)
@@ -154,6 +154,7 @@ def introduce(run: Run, tracker: Tracker, group: ProcessGroup) -> None:
         log.info("  %s", line)
     tracker.text("config", f"```\n{json.dumps(run.metadata.config, indent=2)}\n```")
     if group.is_writer and run.start < plan.total_steps:
+        record_start(run.workdir, run.start, run.mesh.devices.flatten().tolist(), group.num_processes, facts)
         # The first 16 or so of the global batch, as one of many hosts would read them.
         shard = grain.sharding.ShardOptions(0, max(1, config.batch_size // 16))
         batch = train_block(
