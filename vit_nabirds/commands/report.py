@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from vit_nabirds.errors import ConfigError
+from vit_nabirds.commands.predict import check_page
 
 log = logging.getLogger("vit_nabirds")
 
@@ -18,19 +18,11 @@ CONFIGURED = ""
 
 
 def run(options, group) -> int:
+    if options.out:
+        check_page("out", Path(options.out))
     default = Path(options.workdir) / ("comparison.html" if options.compare else "report.html")
-    out = Path(options.out) if options.out else default
-    check_page("out", out)
-    report(Path(options.workdir), out, options.compare and Path(options.compare))
+    report(Path(options.workdir), Path(options.out or default), options.compare and Path(options.compare))
     return 0
-
-
-def check_page(flag: str, file: Path) -> None:
-    """ConfigError if no page can be written there."""
-    if file.suffix not in (".html", ".htm"):
-        raise ConfigError(f"--{flag}={file}: its name must end in .html.")
-    if file.is_dir():
-        raise ConfigError(f"--{flag}={file} is a folder: give the name of a file.")
 
 
 def report(workdir: Path, out: Path, other: Path | None = None) -> None:
@@ -38,8 +30,6 @@ def report(workdir: Path, out: Path, other: Path | None = None) -> None:
     from vit_nabirds.runs.workdir import read_workdir
 
     runs = [read_workdir(folder) for folder in [workdir, *([other] if other else [])]]
-    if not out.absolute().parent.is_dir():
-        raise ConfigError(f"--out={out}: there is no folder {out.absolute().parent}.")
     from vit_nabirds.evaluation.album import Album
     from vit_nabirds.evaluation.comparison import comparison_of
     from vit_nabirds.evaluation.pages import write_page

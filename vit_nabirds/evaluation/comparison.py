@@ -87,14 +87,17 @@ def photographs_of(differing: pl.DataFrame, album: Album) -> list[dict]:
 
 
 def both_curves(runs: tuple[Workdir, Workdir], name: str) -> dict | None:
-    """Of two runs: their evaluations where there are some, else their trainings."""
-    for prefix, words in (("eval", "validation"), ("train", "training")):
-        points = [run.series(f"{split_of(run) if prefix == 'eval' else prefix}/{name}") for run in runs]
-        if all(points):
-            lines = [Curve(line, colour, prefix == "eval") for line, colour in zip(points, COLOURS, strict=True)]
-            title = CURVES[name] if name not in ("loss", "accuracy") else f"{CURVES[name]}, {words}"
-            return {"title": title, "legend": [], "svg": curves(lines, percent=name == "accuracy")}
-    return None
+    """Of two runs, over each other: their evaluations if both have some, else their trainings."""
+    evaluated = [run.series(f"{split_of(run)}/{name}") for run in runs]
+    trained = [run.series(f"train/{name}") for run in runs]
+    is_dotted = all(evaluated)
+    points = evaluated if is_dotted else trained
+    lines = [Curve(line, colour, is_dotted) for line, colour in zip(points, COLOURS, strict=True) if line]
+    if not lines:
+        return None
+    of = {"loss": ", training", "accuracy": ", training"}.get(name, "")
+    title = f"{CURVES[name]}{', evaluations' if is_dotted else of}"
+    return {"title": title, "legend": [], "svg": curves(lines, percent=name == "accuracy")}
 
 
 def changes(one: Config, other: Config) -> list[dict]:

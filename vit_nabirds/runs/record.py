@@ -25,7 +25,7 @@ class Start:
     step: int
     time: float  # seconds since 1970
     command: str  # as it was typed; empty where the training was called from Python
-    devices: str  # like "8 NVIDIA H100 80GB HBM3"
+    devices: str  # like "8 x NVIDIA H100 80GB HBM3"
     processes: int
     versions: dict[str, str]
     revision: str  # of the program's git checkout; empty without one
@@ -95,9 +95,9 @@ def _command() -> str:
 
 
 def _in_words(devices: list) -> str:
-    """JAX's devices, or the processor where it is cut into some."""
-    kind = devices[0].device_kind
-    return f"{len(devices)} of {_processor()}" if devices[0].platform == "cpu" else f"{len(devices)} {kind}"
+    """Like '8 x NVIDIA H100 80GB HBM3'."""
+    kind = f"CPU ({_processor()})" if devices[0].platform == "cpu" else devices[0].device_kind
+    return f"{len(devices)} x {kind}"
 
 
 def _processor() -> str:
