@@ -17,7 +17,6 @@ from vit_nabirds.evaluation.report import (
     missing,
     scale_start,
     shown,
-    split_of,
 )
 from vit_nabirds.runs.workdir import Workdir
 
@@ -88,7 +87,7 @@ def photographs_of(differing: pl.DataFrame, album: Album) -> list[dict]:
 
 def both_curves(runs: tuple[Workdir, Workdir], name: str) -> dict | None:
     """Of two runs, over each other: their evaluations if both have some, else their trainings."""
-    evaluated = [run.series(f"{split_of(run)}/{name}") for run in runs]
+    evaluated = [run.series(f"{run.split}/{name}") for run in runs]
     trained = [run.series(f"train/{name}") for run in runs]
     is_dotted = all(evaluated)
     points = evaluated if is_dotted else trained

@@ -15,20 +15,13 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from vit_nabirds.evaluation.figures import wilson
 
 # What is drawn in these colours has those of the page, light or dark: `--NAME` in style.css.
-COLOURS = {
-    "ink": "#010101",
-    "muted": "#020202",
-    "line": "#030303",
-    "one": "#040404",
-    "two": "#050505",
-    "soft": "#060606",
-}
+COLOURS = {"muted": "#020202", "line": "#030303", "one": "#040404", "two": "#050505", "soft": "#060606"}
 STYLE = {
     "svg.fonttype": "none", "font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.edgecolor": COLOURS["line"], "axes.labelcolor": COLOURS["muted"], "axes.titlecolor": COLOURS["ink"],
+    "axes.edgecolor": COLOURS["line"], "axes.labelcolor": COLOURS["muted"],
     "xtick.color": COLOURS["line"], "ytick.color": COLOURS["line"], "xtick.labelcolor": COLOURS["muted"],
     "ytick.labelcolor": COLOURS["muted"], "grid.color": COLOURS["line"], "grid.linewidth": 0.5, "axes.grid": True,
-    "axes.axisbelow": True, "lines.linewidth": 1.6, "axes.labelsize": 9.5,
+    "axes.axisbelow": True, "axes.labelsize": 9.5,
 }  # fmt: skip
 WIDTH, HEIGHT = 5.0, 2.7  # inches of 72 pixels
 MOST_POINTS = 300  # of a curve
@@ -48,16 +41,8 @@ def curves(lines: Sequence[Curve], percent: bool = False) -> Markup:
         axes = figure.subplots()
         for line in lines:
             x, y = _thinned(line.points)
-            style = "o--" if line.is_dotted else "-" if len(x) > 1 else "o"
-            axes.plot(
-                x,
-                y,
-                style,
-                color=COLOURS[line.colour],
-                markersize=3.5,
-                clip_on=False,
-                linewidth=1.2 if line.is_dotted else 1.6,
-            )
+            kind, width = ("o--", 1.2) if line.is_dotted else ("-" if len(x) > 1 else "o", 1.6)
+            axes.plot(x, y, kind, color=COLOURS[line.colour], markersize=3.5, linewidth=width, clip_on=False)
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -108,9 +93,7 @@ def _svg(figure: Figure) -> Markup:
     text = text[text.index("<svg") :]
     text = re.sub(r"<(metadata|style)\b.*?</\1>", "", text, flags=re.DOTALL)
     text = re.sub(r' id="(figure|axes|patch|text|line2d|xtick|ytick|matplotlib\.axis|LineCollection)_\d+"', "", text)
-    text = re.sub(
-        r'(<svg[^>]*?) width="[^"]*pt"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*pt"', r"\1", text, count=1), count=1
-    )
+    text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)  # the page says how large it is
     for name, colour in COLOURS.items():
         text = text.replace(colour, f"var(--{name})")
     return Markup(re.sub(r"\n\s*", "\n", text))  # its only words are numbers and those above

@@ -1,6 +1,7 @@
 """What the page of a run says: from its workdir and its data, without a device."""
 
 import math
+import re
 
 import polars as pl
 
@@ -15,6 +16,7 @@ from vit_nabirds.runs.selection import metric_of
 from vit_nabirds.runs.workdir import Workdir
 
 MISTAKES, PAIRS, EXTREMES = 24, 8, 8  # that are shown
+ANSWER = ("predicted", "probability", "right")
 CURVES = {
     "loss": "Loss",
     "accuracy": "Accuracy",
@@ -63,9 +65,6 @@ def on_answers(answers: pl.DataFrame, album: Album) -> dict:
     }
 
 
-ANSWER = ("predicted", "probability", "right")
-
-
 def shown(row: dict, album: Album, who: tuple[str, ...] = ("",)) -> dict:
     """A photograph, the truth, and what each run says: predicted, probability, whether that is right, which run."""
     said = [(*(row[f"{name}{end}"] for name in ANSWER), run) for run, end in zip(who, ("", "_other"), strict=False)]
@@ -94,16 +93,13 @@ def headline(run: Workdir) -> dict | None:
         why = f"selected by {selected['metric']}" if selected["metric"] else "the last"
         figures, step, of = run.test, selected["step"], "test"
     else:
-        metric = metric_of(run.config)
-        lines = [
-            line for line in run.metrics if {metric or "test/accuracy", f"{split_of(run)}/examples"} <= line.keys()
-        ]
-        if not lines:
+        evaluations, metric = run.evaluations, (metric_of(run.config) or "").partition("/")[2]
+        if not evaluations:
             return None
-        sign = -1 if (metric or "").endswith("loss") else 1
-        line = max(lines, key=lambda line: sign * line[metric]) if metric else lines[-1]
-        figures = {name.partition("/")[2]: value for name, value in line.items() if name.startswith(split_of(run))}
-        step, of, why = line["step"], {"val": "validation"}.get(split_of(run), "test"), "the best so far"
+        sign = -1 if metric == "loss" else 1
+        step = max(evaluations, key=lambda step: sign * evaluations[step][metric]) if metric else max(evaluations)
+        figures, of = evaluations[step], "validation" if metric else "test"
+        why = "the best so far" if metric else "the newest evaluation"
     examples, share = figures["examples"], figures["accuracy"]
     low, high = figures.get("accuracy_interval") or wilson(share, examples)
     return {
@@ -112,14 +108,9 @@ def headline(run: Workdir) -> dict | None:
     }  # fmt: skip
 
 
-def split_of(run: Workdir) -> str:
-    """The split that evaluations during the training look at, as metrics are named."""
-    return "val" if run.config.data.validation else "test"
-
-
 def levels(test: dict, album: Album) -> list[dict]:
     """Accuracy at each level of the taxonomy, from below the root down to the classes."""
-    names = [name for name in test if name.startswith("accuracy_level") and not name.endswith("_interval")]
+    names = [name for name in test if re.fullmatch("accuracy_level[0-9]{1,3}", name)]
     rows = []
     for number, name in enumerate([*sorted(names, key=lambda name: int(name[14:])), "accuracy"] if names else [], 1):
         groups = None
@@ -133,15 +124,15 @@ def levels(test: dict, album: Album) -> list[dict]:
 
 def scale_start(rows: list[dict]) -> float:
     """Where a scale begins on which the intervals of all rows lie, in tenths."""
-    return min((math.floor(10 * row["low"] + 1e-9) / 10 for row in rows), default=0.0) if rows else 0.0
+    lowest = min((row["low"] for row in rows), default=0.0)
+    return min(max(math.floor(10 * lowest + 1e-9) / 10, 0.0), 0.9)
 
 
 def own_curves(run: Workdir, name: str) -> dict | None:
     """The training's curve, and over it that of the evaluations."""
-    split = split_of(run)
     lines = {
         "training": Curve(run.series(f"train/{name}")),
-        {"val": "validation"}.get(split, "test"): Curve(run.series(f"{split}/{name}"), "two", True),
+        {"val": "validation"}.get(run.split, "test"): Curve(run.series(f"{run.split}/{name}"), "two", True),
     }
     lines = {label: line for label, line in lines.items() if line.points}
     if not lines:
@@ -157,8 +148,8 @@ def field_rows(config: Config) -> list[dict]:
     for name, field in fields():
         value, default = (list(x) if isinstance(x, tuple) else x for x in (values[name], field.metadata["default"]))
         differs = value != default and not (default is None and config.model.pretrained)
-        shown = {"name": name, "value": worded(value), "default": worded(default)}
-        rows.append(shown | {"meaning": field.metadata["meaning"], "differs": differs})
+        row = {"name": name, "value": worded(value), "default": worded(default), "differs": differs}
+        rows.append(row | {"meaning": field.metadata["meaning"]})
     return rows
 
 

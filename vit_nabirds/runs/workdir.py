@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 
 from vit_nabirds.config import Config
@@ -36,9 +37,26 @@ class Workdir:
         """The final figures; empty before the end."""
         return self.results["test"] if self.results else {}
 
+    @property
+    def split(self) -> str:
+        """That evaluations during the training look at, as metrics are named."""
+        return "val" if self.config.data.validation else "test"
+
+    @property
+    def evaluations(self) -> dict[int, dict]:
+        """The figures of those during the training, by step."""
+        prefix = f"{self.split}/"
+        named = {
+            line["step"]: {name.removeprefix(prefix): line[name] for name in line if name.startswith(prefix)}
+            for line in self.metrics
+            if f"{prefix}accuracy" in line
+        }
+        return {step: figures for step, figures in named.items() if _are_shares(figures)}
+
     def series(self, name: str) -> list[tuple[float, float]]:
         """(epoch, value) of a metric like "train/loss"."""
-        return [(line.get("epoch", line["step"]), line[name]) for line in self.metrics if name in line]
+        points = [(line.get("epoch", line["step"]), line[name]) for line in self.metrics if name in line]
+        return [point for point in points if not any(isinstance(x, list) for x in point)]
 
 
 def read_workdir(folder: Path) -> Workdir:
@@ -61,12 +79,22 @@ def _results(file: Path) -> dict | None:
         results = read_object(file)
         for figures in (results["test"], results["last"]["test"]):
             check_figures(figures, TEST)
+            if not _are_shares(figures):
+                raise ValueError("an accuracy is not between 0 and 1")
         steps = results["selected"]["step"], results["last"]["step"]
         if not all(type(step) is int for step in steps) or not isinstance(results["selected"]["metric"], str | None):
             raise ValueError("it does not say which steps were scored")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged ({quoted(error)}): run the training's command again.") from None
     return results
+
+
+def _are_shares(figures: dict) -> bool:
+    """Whether all figures of an evaluation are there, on at least one photograph, the accuracies in [0, 1]."""
+    needed, values = TEST - {"accuracy_interval"}, {name: np.array(value) for name, value in figures.items()}
+    if not figures.keys() >= needed or any(values[name].ndim for name in needed) or values["examples"] < 1:
+        return False
+    return all(((0 <= x) & (x <= 1)).all() for name, x in values.items() if "accuracy" in name)
 
 
 def _answers(file: Path) -> pl.DataFrame | None:
