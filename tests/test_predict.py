@@ -17,6 +17,7 @@ from vit_nabirds.commands import predict
 from vit_nabirds.commands.export import export
 from vit_nabirds.config import Config, default
 from vit_nabirds.errors import UserError
+from vit_nabirds.evaluation.kept import Kept
 from vit_nabirds.models.pretrained.checkpoint import open_checkpoint
 from vit_nabirds.parallel.group import ProcessGroup
 from vit_nabirds.runs.loading import open_run
@@ -196,6 +197,53 @@ def test_a_row_for_each_rank_and_one_for_what_cannot_be_read(run, folder, tmp_pa
     assert sorted(tmp_path.iterdir()) == sorted([out, folder])  # nothing half-written stays
 
 
+def test_a_stopped_call_goes_on_where_it_was(run, test_images, tmp_path, monkeypatch, caplog):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i, file in enumerate(test_images[0]):
+        shutil.copy(file, photos / f"={i:02d} <b>.jpg")
+    (photos / "damaged.jpg").write_bytes(b"")
+    assert predict.predict(photos, tmp_path / "whole.csv", workdir=run) == 0
+
+    added, add = [], Kept.add
+
+    def stop_at_the_tenth(kept, answer):
+        if len(added) == 9:
+            raise SystemExit(75)  # as a signal does
+        added.append(add(kept, answer))
+
+    arguments = dict(out=tmp_path / "birds.csv", html=tmp_path / "birds.html", workdir=run)
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(Kept, "add", stop_at_the_tenth)
+        predict.predict(photos, **arguments)
+    [kept] = tmp_path.glob(".birds*")
+    kept.write_bytes(kept.read_bytes()[:-9])  # a crash has cut the last one short
+    with caplog.at_level(logging.INFO):
+        assert predict.predict(photos, **arguments) == 0
+    assert "7 of 16 photographs were answered before: going on" in caplog.messages
+    assert (tmp_path / "birds.csv").read_text() == (tmp_path / "whole.csv").read_text()
+    page = (tmp_path / "birds.html").read_text()
+    assert page.count("<article>") == 16 and page.count("data:image/jpeg") == 15 and "=03 &lt;b&gt;.jpg" in page
+    names = {"photos", "birds.csv", "birds.html", "whole.csv"}
+    assert {file.name for file in tmp_path.iterdir()} == names  # nothing half-written stays
+
+
+def test_answers_to_another_question_are_not_used(run, test_images, tmp_path):
+    question, files = {"topk": 5}, test_images[0][:3]
+    for asked, photographs, expected in [
+        (question, files, (2, 2)),  # the last may have more boxes
+        ({"topk": 4}, files, (0, 0)),
+        (question, files[1:], (0, 0)),
+    ]:
+        with Kept(tmp_path / "kept", question) as kept:
+            kept.resume(files)
+            for file in files:
+                kept.add({"file": str(file)})
+        with Kept(tmp_path / "kept", asked) as kept:
+            assert kept.resume(photographs) == expected
+        (tmp_path / "kept").unlink()
+
+
 def test_a_row_for_each_box(run, test_images, tmp_path, caplog):
     photos, boxes = tmp_path / "photos", tmp_path / "boxes.csv"
     photos.mkdir()
@@ -310,6 +358,7 @@ def test_mistakes_are_reported_before_anything_is_written(run, folder, tmp_path,
     "flags, message",
     [
         ([], "predict needs --workdir or --model, not both"),
+        (["--workdir=a", "--html=birds.htm2"], "--html=birds.htm2: its name must end in .html"),
         (["--workdir=a", "--model=b"], "predict needs --workdir or --model, not both"),
         (["--workdir=a", "--topk=0"], "--topk is 0"),
         (["--workdir=a", "--max_pixels=0"], "--max_pixels is 0"),

@@ -12,8 +12,8 @@ from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 from tiny_runs import prepared_run
 
 from vit_nabirds.runs import pictures
+from vit_nabirds.runs.markdown import as_table
 from vit_nabirds.runs.metrics import read_metrics
-from vit_nabirds.runs.provenance import as_table
 from vit_nabirds.runs.tracker import Tracker
 from vit_nabirds.training import reporter as reporters
 from vit_nabirds.training.introduction import info_of

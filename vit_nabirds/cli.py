@@ -20,7 +20,9 @@ from vit_nabirds.parallel import launchers
 from vit_nabirds.parallel.group import ProcessGroup
 from vit_nabirds.parallel.preemption import EXIT_STOPPED, SIGNALS
 
-COMMANDS = ("train", "probe", "prepare", "check", "sweep", "compare", "evaluate", "predict", "export", "verify")
+COMMANDS = (
+    "train", "probe", "prepare", "check", "sweep", "compare", "evaluate", "report", "predict", "export", "verify",
+)  # fmt: skip
 CONFIGS = Path(__file__).parent.parent / "configs"
 EXIT_CODES = (
     "Exit codes: 0 finished; 75 stopped on request, all saved: run the same command again; 74 trouble of this machine "

@@ -54,11 +54,11 @@ class Speed(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.{0 if speed >= 10 else 1}f} {task.fields['unit']}/s")
 
 
-def progress(items: Iterable[Item], total: int, unit: str, what: str = "") -> Iterator[Item]:
-    """The items, counted by a bar on a terminal: like progress(found, 880, "images", "cropping")."""
+def progress(items: Iterable[Item], total: int, unit: str, what: str = "", done: int = 0) -> Iterator[Item]:
+    """The items after the first `done`, counted by a bar on a terminal: progress(found, 880, "images", "cropping")."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Speed(), TimeRemainingColumn())
     bar = Progress(*columns, auto_refresh=False, console=Console(stderr=True))  # drawn by `shown_below`
-    task = bar.add_task(what, total=total, unit=unit)
+    task = bar.add_task(what, total=total, completed=done, unit=unit)
     with shown_below(bar.get_renderable):
         for item in items:
             yield item

@@ -1,4 +1,4 @@
-"""Name the species in any photographs, into a .csv, .jsonl or .parquet file."""
+"""Name the species in any photographs, into a .csv, .jsonl or .parquet file, or a page to look at (--html)."""
 
 import collections
 import json
@@ -15,7 +15,7 @@ from vit_nabirds.errors import ConfigError, UserError, quoted
 
 log = logging.getLogger("vit_nabirds")
 
-REQUIRED = ("images", "out")
+REQUIRED = ("images",)
 FLAGS = {
     "workdir": (str, "Folder of the run whose selected checkpoint to use."),
     "step": (int, "Step of the run's checkpoint (default: the selected one)."),
@@ -32,6 +32,7 @@ FLAGS = {
         "File to write, .csv (a single quote stands before what a spreadsheet would run), .jsonl or .parquet: a row "
         "for each photograph (with --boxes: box) and rank.",
     ),
+    "html": (str, "Page to write, beside or instead of --out: the photographs, each with its likeliest species."),
     "topk": (5, "Species to name for each photograph or box."),
     "max_pixels": (500_000_000, "Largest photograph to decode, in pixels."),
 }
@@ -56,50 +57,115 @@ def run(options, group) -> int:
         if options[flag].value < 1:
             raise ConfigError(f"--{flag} is {options[flag].value}: ask for at least one {what}")
     source = {name: options[name].value for name in ("workdir", "step", "views", "model", "max_pixels")}
-    boxes = options.boxes and Path(options.boxes)
-    return predict(Path(options.images), Path(options.out), options.topk, boxes, **source)
+    out, html, boxes = (options[name].value and Path(options[name].value) for name in ("out", "html", "boxes"))
+    if not out and not html:
+        raise ConfigError("predict needs --out or --html, or both")
+    return predict(Path(options.images), out, options.topk, boxes, html, **source)
 
 
-def predict(images: Path, out: Path, topk: int = 5, boxes: Path | None = None, **source) -> int:
-    """Write a row for each photograph, or each of its boxes in the file `boxes`, and rank to `out`, completely or not
-    at all; returns the exit code.
+def predict(
+    images: Path, out: Path | None, topk: int = 5, boxes: Path | None = None, html: Path | None = None, **source
+) -> int:
+    """Write a row for each photograph, or each of its boxes in the file `boxes`, and rank to `out`, and a page `html`,
+    each completely or not at all; returns the exit code. A call that was stopped goes on when it is made again.
 
     `source` are the arguments of `Classifier`.
     """
-    check_output(out)
+    if out:
+        check_output(out)
+    if html:
+        check_page("html", html)
     files = find_images(images)
     import cv2
 
     from vit_nabirds.data.boxes import BoxFinder
     from vit_nabirds.evaluation.classifier import Classifier
+    from vit_nabirds.evaluation.kept import Kept
     from vit_nabirds.terminal import progress
 
     find = boxes and BoxFinder(boxes, files, images if images.is_dir() else images.parent)
     classifier = Classifier(**source)
     cv2.setNumThreads(1)  # one reading thread runs on each core already
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as unfinished:
-        rows = Path(unfinished) / "rows"
-        answers = progress(classifier(files, topk, find), len(find or files), "boxes" if find else "images")
-        named, problems = write_rows(answers, rows)
-        finished = rows if out.suffix == ".jsonl" else write_table(rows, out.suffix)
-        finished.replace(out)
-    log.info("%s: %d %s, at most %d species for each", out, named, "boxes" if find else "photographs", topk)
+    first, unit = out or html, "boxes" if find else "photographs"
+    question = {"model": classifier.fingerprint, "topk": topk, "thumbnails": html is not None, "boxes": _version(boxes)}
+    with Kept(first.with_name(f".{first.name}.answers"), question | {"max_pixels": source.get("max_pixels")}) as kept:
+        done, before = kept.resume(files)
+        if done:
+            log.info("%d of %d photographs were answered before: going on", done, len(files))
+        answers = classifier(files[done:], topk, find, thumbnails=html is not None)
+        total = len(find or files)
+        for answer in progress(answers, total, unit, done=before):
+            kept.add(answer)
+        named, problems = write_answers(kept, out, html, images)
+        kept.remove()
+    log.info(
+        "%s: %d %s, at most %d species for each", " and ".join(map(str, filter(None, [out, html]))), named, unit, topk
+    )
     if find:
         for note, count in find.notes().items():
             if count:
                 log.warning("%s: %d %s", boxes, count, note)
     if problems:
-        log.warning("%d of %d have no species: the column 'problem' of %s says why", problems, named + problems, out)
+        says = f"the column 'problem' of {out}" if out else html
+        log.warning("%d of %d have no species: %s says why", problems, named + problems, says)
     return 0 if named else 1
+
+
+def _version(file: Path | None) -> list | None:
+    """What changes when a file does."""
+    status = file and file.stat()
+    return status and [str(file.absolute()), status.st_size, status.st_mtime_ns]
+
+
+def write_answers(answers: Iterable[dict], out: Path | None, html: Path | None, images: Path) -> tuple[int, int]:
+    """Write what is asked for of the answers, which can be iterated over again and again; returns how many name
+    species, and how many a problem."""
+    first = out or html
+    with tempfile.TemporaryDirectory(prefix=f".{first.name}.", dir=first.absolute().parent) as unfinished:
+        rows = Path(unfinished) / "rows"
+        named, problems = write_rows(answers, rows)
+        if out:
+            finished = rows if out.suffix == ".jsonl" else write_table(rows, out.suffix)
+        if html:
+            write_sheet(answers, html, images, named, problems)
+        if out:
+            finished.replace(out)
+    return named, problems
+
+
+def write_sheet(answers: Iterable[dict], html: Path, images: Path, named: int, problems: int) -> None:
+    """The page. Photographers are named where the photographs lie in an archive or a prepared folder that does."""
+    from vit_nabirds.data.photographers import photographers_of
+    from vit_nabirds.evaluation.pages import write_page
+
+    photographers = photographers_of(images)
+    folder = images if images.is_dir() else images.parent
+    shown = (
+        answer
+        | {"name": os.path.relpath(answer["file"], folder), "by": photographers.get(os.path.abspath(answer["file"]))}
+        for answer in answers
+    )
+    write_page(html, "sheet.html", sorts=False, answers=shown, images=images, named=named, problems=problems)
 
 
 def check_output(out: Path, suffixes: tuple[str, ...] = (".csv", ".jsonl", ".parquet")) -> None:
     if out.suffix not in suffixes:
         raise ConfigError(f"--out={out}: its name must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}.")
-    if not out.absolute().parent.is_dir():
-        raise ConfigError(f"--out={out}: there is no folder {out.absolute().parent}.")
-    if out.is_dir():
-        raise ConfigError(f"--out={out} is a folder: give the name of a file.")
+    check_place("out", out)
+
+
+def check_page(flag: str, file: Path) -> None:
+    """ConfigError if a page cannot have this name and place."""
+    if file.suffix not in (".html", ".htm"):
+        raise ConfigError(f"--{flag}={file}: its name must end in .html.")
+    check_place(flag, file)
+
+
+def check_place(flag: str, file: Path) -> None:
+    if not file.absolute().parent.is_dir():
+        raise ConfigError(f"--{flag}={file}: there is no folder {file.absolute().parent}.")
+    if file.is_dir():
+        raise ConfigError(f"--{flag}={file} is a folder: give the name of a file.")
 
 
 def find_images(path: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """Photographs -> the species in them, by a run's checkpoint or a Hugging Face image classifier."""
 
 import collections
+import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +14,7 @@ from PIL import Image
 
 from vit_nabirds.data.crops import Box, cut, place
 from vit_nabirds.data.pictures import MAX_PIXELS, Picture, open_picture
+from vit_nabirds.data.thumbnails import thumbnail
 from vit_nabirds.errors import UserError
 from vit_nabirds.evaluation.views import mean_logits
 from vit_nabirds.evaluation.views import views as views_of
@@ -22,6 +24,7 @@ from vit_nabirds.models.pretrained.hf_config import read_json
 from vit_nabirds.models.pretrained.processor import crop_of, padding_to_square
 from vit_nabirds.parallel import devices
 from vit_nabirds.parallel.cpus import cpu_share
+from vit_nabirds.runs.checkpoints import sha256_of
 from vit_nabirds.runs.loading import open_run
 
 log = logging.getLogger("vit_nabirds")
@@ -66,7 +69,7 @@ class Classifier:
             network = describe(architecture, len(self.species))
             self._prepare = checkpoint.preprocessing(size)
             crop, kind = crop_of(read_json(checkpoint.folder / "preprocessor_config.json")), "one"
-        self._size, self._pads = size, pads
+        self._size, self._pads, self._kind = size, pads, kind
         self._max_pixels, self._crop = max_pixels, crop
 
         def top_probabilities(params: dict, images: jax.Array, topk: int) -> tuple[jax.Array, jax.Array]:
@@ -80,6 +83,7 @@ class Classifier:
         images: Photograph | Iterable[Photograph],
         topk: int = 5,
         find: Callable[[Photograph, Picture], list[Box | None]] | None = None,
+        thumbnails: bool = False,
     ) -> Iterator[dict]:
         """A dict for each image, in order, lazily: `file`, `species` and `probability` (lists, the likeliest first) and
         `problem`: None, or why the image cannot be read; its lists are then empty.
@@ -87,7 +91,8 @@ class Classifier:
         An image is a path, the bytes of a file, a PIL image, or an array, uint8 (height, width, 3). `find` (image,
         picture) lists the boxes in it: (left, top, width, height) in pixels of the upright picture, None for all of it;
         or raises an exception that says why there is none. There is then a dict for each box, with the part of it that
-        lies in the picture, in whole pixels, as `box`.
+        lies in the picture, in whole pixels, as `box`. `thumbnail` is None, or with
+        `thumbnails` the URI of a small JPEG of what the model saw.
         """
         if topk < 1:
             raise UserError(f"topk is {topk}: ask for at least one species.")
@@ -96,9 +101,16 @@ class Classifier:
         self._warn_of_others(find is not None)
         topk = min(topk, len(self.species))
         batch_size = (8 if jax.default_backend() == "cpu" else 64) * self._mesh.size
-        crops = self._crops(images, find, 2 * batch_size)
+        crops = self._crops(images, find, 2 * batch_size, thumbnails)
         while chunk := list(itertools.islice(crops, batch_size)):
             yield from self._predict(chunk, topk, batch_size)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what decides its answers. Large arrays are left out: no training changes them without these."""
+        small = {path: x for path, x in self._params.items() if x.ndim == 1 or path.startswith("classifier/")}
+        words = [f"{path} {sha256_of(x)}" for path, x in sorted(small.items())] + [self._kind, str(self._size)]
+        return hashlib.sha256("\n".join([*words, *self.species]).encode()).hexdigest()[:16]
 
     def _warn_of_others(self, cropped: bool) -> None:
         """Once, where pictures are not what the model was trained on."""
@@ -111,39 +123,48 @@ class Classifier:
             log.warning("the model has learned whole photographs, and is shown the birds cut out of them")
         self._crop = None
 
-    def _crops(self, images: Iterable[Photograph], find: Callable | None, ahead: int) -> Iterator[tuple]:
-        """(image, box, pixels or problem) for each box, while the next `ahead` images are being read."""
+    def _crops(
+        self, images: Iterable[Photograph], find: Callable | None, ahead: int, thumbnails: bool
+    ) -> Iterator[tuple]:
+        """(image, more of the answer, pixels or problem) for each box, while the next `ahead` images are being read."""
         images, waiting = iter(images), collections.deque()
         with ThreadPoolExecutor(cpu_share()) as pool:
             while True:
                 for image in itertools.islice(images, ahead - len(waiting)):
-                    waiting.append((image, pool.submit(self._read, image, find)))
+                    waiting.append((image, pool.submit(self._read, image, find, thumbnails)))
                 if not waiting:
                     return
                 image, job = waiting.popleft()
-                yield from ((image, box, pixels) for box, pixels in job.result())
+                yield from ((image, more, pixels) for more, pixels in job.result())
 
-    def _read(self, image: Photograph, find: Callable | None) -> list[tuple[Box | None, np.ndarray | str]]:
-        """Each box of the image, and what is in it: float32 (size, size, 3), normalised; or what is wrong with it."""
+    def _read(
+        self, image: Photograph, find: Callable | None, thumbnails: bool = False
+    ) -> list[tuple[dict, np.ndarray | str]]:
+        """Each box of the image as the answer has it, and what is in it: float32 (size, size, 3), normalised; or
+        what is wrong with it."""
         try:
             picture = open_picture(image, self._max_pixels)
             boxes = [None] if find is None else find(image, picture)
             if not boxes:
                 raise ValueError("no box")
         except Exception as error:  # noqa: BLE001, because a damaged file makes a decoder raise anything
-            return [(None, _reason(error))]
-        return [self._cut(picture, box) for box in boxes]
+            return [({"box": None, "thumbnail": None}, _reason(error))]
+        return [self._cut(picture, box, thumbnails) for box in boxes]
 
-    def _cut(self, picture: Picture, box: Box | None) -> tuple[Box | None, np.ndarray | str]:
+    def _cut(self, picture: Picture, box: Box | None, thumbnails: bool) -> tuple[dict, np.ndarray | str]:
+        small = None
         try:
             crop = place(picture.size, box, self._size)
             left, top, right, bottom = crop.region
             box = box and (left, top, right - left, bottom - top)
             # Other models' own preprocessing resizes, so it gets all pixels.
             pixels = cut(picture, crop) if self._pads else picture.read()[top:bottom, left:right]
-            return box, self._prepare(pixels)
+            if thumbnails:
+                x, y, end, below = crop.canvas if self._pads else (0, 0, *pixels.shape[1::-1])
+                small = thumbnail(pixels[y:below, x:end])
+            return {"box": box, "thumbnail": small}, self._prepare(pixels)
         except Exception as error:  # noqa: BLE001
-            return box, _reason(error)
+            return {"box": box, "thumbnail": small}, _reason(error)
 
     def _predict(self, crops: list[tuple], topk: int, batch_size: int) -> Iterator[dict]:
         good = [pixels for _, _, pixels in crops if not isinstance(pixels, str)]
@@ -152,8 +173,8 @@ class Classifier:
             filled = np.stack(good + [np.zeros_like(good[0])] * (batch_size - len(good)))
             batch = devices.to_devices({"image": filled}, self._mesh)
             likeliest = zip(*jax.device_get(self._top(self._params, batch["image"], topk)), strict=True)
-        for image, box, pixels in crops:
-            answer = {"file": str(image) if isinstance(image, str | Path) else None, "box": box}
+        for image, more, pixels in crops:
+            answer = {"file": str(image) if isinstance(image, str | Path) else None} | more
             if isinstance(pixels, str):
                 yield answer | {"species": [], "probability": [], "problem": pixels}
             else:

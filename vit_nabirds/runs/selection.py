@@ -30,15 +30,20 @@ def by_step(content: object, needed: set[str]) -> dict[int, dict]:
     if not isinstance(content, dict) or not all(re.fullmatch("[0-9]{1,15}", step) for step in content):
         raise ValueError("its figures are not by step")
     for figures in content.values():
-        if not isinstance(figures, dict) or not figures.keys() >= needed:
-            raise ValueError("it lacks figures")
-        for name, value in figures.items():
-            values = value if name.endswith("_interval") else [value]
-            if not isinstance(values, list) or len(values) != 1 + name.endswith("_interval"):
-                raise ValueError("an interval of it has not two ends")
-            if not all(type(x) in (int, float) and abs(x) < 1e300 for x in values):
-                raise ValueError("a figure of it is no number")
+        check_figures(figures, needed)
     return {int(step): figures for step, figures in content.items()}
+
+
+def check_figures(figures: object, needed: set[str]) -> None:
+    """ValueError unless they are those of one evaluation: numbers, and intervals of two, at least the needed ones."""
+    if not isinstance(figures, dict) or not figures.keys() >= needed:
+        raise ValueError("it lacks figures")
+    for name, value in figures.items():
+        values = value if name.endswith("_interval") else [value]
+        if not isinstance(values, list) or len(values) != 1 + name.endswith("_interval"):
+            raise ValueError("an interval of it has not two ends")
+        if not all(type(x) in (int, float) and abs(x) < 1e300 for x in values):
+            raise ValueError("a figure of it is no number")
 
 
 @dataclasses.dataclass

@@ -13,11 +13,11 @@ import polars as pl
 from vit_nabirds.config.fields import FREE_ON_RESUME, fields, flat
 from vit_nabirds.data.batches import train_block
 from vit_nabirds.data.table import SKIPPED, left_out_of
-from vit_nabirds.parallel import devices
 from vit_nabirds.parallel.group import ProcessGroup
 from vit_nabirds.recipe.rules import describe_rules
+from vit_nabirds.runs.markdown import as_table
 from vit_nabirds.runs.pictures import draw_row
-from vit_nabirds.runs.provenance import add_start, as_table, provenance
+from vit_nabirds.runs.record import record_start
 from vit_nabirds.runs.tracker import Tracker
 from vit_nabirds.runs.trackers import RunInfo
 from vit_nabirds.training.run import Run
@@ -30,18 +30,17 @@ SHOWN = 4  # photographs in a picture: TensorBoard shows them small
 
 def introduce(run: Run, group: ProcessGroup, tensorboard: str) -> None:
     """What is about to happen, and where to look, for the log."""
-    shapes, config, plan = run.model.shapes, run.config, run.plan
-    total, trained = (sum(int(np.prod(shapes[path].shape)) for path in paths) for paths in (shapes, run.trainable))
+    config, plan, facts = run.config, run.plan, run.facts
     log.info(
         "%s: %s; %s parameters, %s of them trained, in %s; steps %d to %d on %d %s device(s) of %d process(es)%s",
-        run.workdir, run.data_in_words, f"{total:,}", f"{trained:,}", config.compute_dtype, run.start,
-        plan.total_steps, run.mesh.size, jax.default_backend(), group.num_processes, memory_in_words(run),
+        run.workdir, run.data_in_words, f"{facts['parameters']:,}", f"{facts['trained']:,}", config.compute_dtype,
+        run.start, plan.total_steps, run.mesh.size, jax.default_backend(), group.num_processes, memory_in_words(run),
     )  # fmt: skip
     if left_out := left_out_of(root := Path(config.data.root)):
         log.warning("%d photographs were left out when the data were prepared: %s", left_out, root / SKIPPED)
     if run.validation_split and (missing := run.model.num_classes - len(np.unique(run.validation_split.labels))):
         log.warning("%d of the classes have no validation photograph (docs/data.md says why)", missing)
-    for line in describe_rules(run.rules, shapes):
+    for line in describe_rules(run.rules, run.model.shapes):
         log.info("  %s", line)
     if run.goes_on:
         lines = [
@@ -82,16 +81,16 @@ def _by_default(run: Run) -> tuple[list[tuple], list[tuple]]:
 
 def describe_start(run: Run, tracker: Tracker, group: ProcessGroup) -> None:
     """The run's configuration, what it is made with, and pictures of its first batch, for the trackers."""
-    device = f"{run.mesh.size} {devices.own(run.mesh).device_kind} of {group.num_processes} process(es)"
-    start = {"step": run.start, **provenance(), "devices": device, "data": run.data_in_words}
-    add_start(run.workdir, start)
+    start = record_start(run.workdir, run.start, run.mesh.devices.flatten().tolist(), group.num_processes, run.facts)
+    facts = vars(start) | {"data": run.data_in_words, "versions": ", ".join(map(" ".join, start.versions.items()))}
+    del facts["time"]
     changed, usual = _by_default(run)
     tables = [
         as_table(changed, ("field", "value", "default")),
         as_table([row[:2] for row in usual], ("field at its default", "value")) if usual else "",
     ]
     tracker.text("config", "\n\n".join(tables))
-    tracker.text("start", as_table(list(start.items()), ("what", "value")))
+    tracker.text("start", as_table(list(facts.items()), ("what", "value")))
     images, captions = first_batch(run)
     for name, first in (("train/augmented", 0), ("train/augmented_more", SHOWN)):
         if captions[first:]:

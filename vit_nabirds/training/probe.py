@@ -23,6 +23,7 @@ from vit_nabirds.parallel.watchdog import Watchdog
 from vit_nabirds.runs.checkpoints import Checkpoints, existing
 from vit_nabirds.runs.compiled import keep_compiled
 from vit_nabirds.runs.files import write_json
+from vit_nabirds.runs.record import record_start
 from vit_nabirds.runs.tracker import Tracker
 from vit_nabirds.runs.trackers import check as check_trackers
 from vit_nabirds.training.conclusion import conclude
@@ -216,6 +217,7 @@ def _record(run: Run, best: Candidate, found: Sequence[Candidate], tried: dict, 
     last = run.plan.total_steps
     write_json(run.workdir / SWEEP, {"tried": tried, "found": [_as_json(candidate) for candidate in found]})
     write_json(run.workdir / "config.json", run.metadata.config)
+    record_start(run.workdir, 0, run.mesh.devices.flatten().tolist(), 1, run.facts)
     if best.figures:
         run.selection.evaluations[last] = best.figures
     run.selection.write()

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -105,6 +106,21 @@ class Run:
         *most, last = [f"{len(split):,} {name}" for name, split in self.splits.items()]
         what = "species" if self.config.data.label == "species" else "categories"
         return f"{self.model.num_classes:,} {what}, {', '.join(most)} and {last} photographs"
+
+    @property
+    def facts(self) -> dict:
+        """What run.json says of data and model: fields of `Record`."""
+        splits = {"train": self.train_split, "validation": self.validation_split, "test": self.test_split}
+        shapes = self.model.shapes
+        parameters, trained = (sum(math.prod(shapes[path].shape) for path in x) for x in (shapes, self.trainable))
+        return {
+            "total_steps": self.plan.total_steps,
+            "classes": self.model.num_classes,
+            "photographs": {name: len(split) for name, split in splits.items() if split},
+            "parameters": parameters,
+            "trained": trained,
+            "fingerprint": self.metadata.fingerprint,
+        }
 
     def state_shapes(self) -> TrainState:
         """The state with a shape, a dtype and a sharding in place of each array."""

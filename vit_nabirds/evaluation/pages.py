@@ -1,0 +1,80 @@
+"""Pages of one file: no request to a network, and no script but the one that sorts tables."""
+
+import base64
+import functools
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from vit_nabirds.errors import visible
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write_page(file: Path, template: str, sorts: bool = True, **content: Any) -> None:
+    """Whole or not at all. What is iterated over may be lazy: the page is written as it is made."""
+    script = (TEMPLATES / "sort.js").read_text() if sorts else ""
+    # The browser runs this script alone, whatever a species is called.
+    script_hash = "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    own = {"style": Markup((TEMPLATES / "style.css").read_text()), "script": Markup(script), "script_hash": script_hash}
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8", errors="replace") as opened:
+            opened.writelines(_pieces(template, own | content))
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _pieces(template: str, content: dict) -> Iterator[str]:
+    stream = _environment().get_template(template).stream(content)
+    stream.enable_buffering(100)
+    return stream
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        finalize=_shown,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "count": count, "decimals": decimals, "moment": moment, "span": span}
+    return environment
+
+
+def _shown(value: Any) -> Any:
+    """Text of others without controls and marks of direction; what is not there as a dash."""
+    return "–" if value is None else visible(value) if type(value) is str else value
+
+
+def percent(share: float | None, digits: int = 1) -> str | None:
+    return None if share is None else f"{100 * share:.{digits}f} %"
+
+
+def count(number: float | None) -> str | None:
+    return None if number is None else f"{number:,.0f}"
+
+
+def decimals(number: float | None, digits: int = 3) -> str | None:
+    return None if number is None else f"{number:.{digits}f}" if abs(number) < 1e6 else f"{number:.3g}"
+
+
+def moment(seconds: float) -> str:
+    return time.strftime("%-d %B %Y, %H:%M UTC", time.gmtime(seconds))
+
+
+def span(seconds: float) -> str:
+    """Like '2 h 05 min'."""
+    minutes, rest = divmod(max(math.floor(seconds), 0), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
