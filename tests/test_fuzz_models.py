@@ -605,14 +605,19 @@ def test_lines_of_metrics_are_numbers_or_left_out(lines):
             assert line["step"] >= 0 and all(type(x) in (int, float) and math.isfinite(x) for x in line.values())
 
 
+OF_VALIDATION = sorted(f"val/{name}" for name in EVALUATION)
 SELECTION = {
-    "metric": "val/accuracy", "evaluations": {str(step): dict.fromkeys(EVALUATION, 0.5) for step in (1, 2)},
+    "metric": "val/accuracy", "evaluations": {str(step): dict.fromkeys(OF_VALIDATION, 0.5) for step in (1, 2)},
     "tests": {"2": dict.fromkeys(TEST, 0.5) | {"accuracy_interval": [0.1, 0.9]}}, "unknown": [1],
 }  # fmt: skip
 SELECTION_PATHS = st.one_of(
     st.sampled_from([(name,) for name in SELECTION]),
     st.tuples(st.sampled_from(["evaluations", "tests"]), st.sampled_from(["1", "2", "-1", "x", "٣", "9" * 5000])),
-    st.tuples(st.just("evaluations"), st.sampled_from(["1", "2"]), st.sampled_from([*sorted(EVALUATION), "x"])),
+    st.tuples(
+        st.just("evaluations"),
+        st.sampled_from(["1", "2"]),
+        st.sampled_from([*OF_VALIDATION, "x"]),
+    ),
     st.tuples(st.just("tests"), st.just("2"), st.sampled_from([*sorted(TEST), "x"])),
 )
 

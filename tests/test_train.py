@@ -107,6 +107,7 @@ def test_without_validation_the_last_checkpoint_is_the_result(tiny_config, tmp_p
     assert "at step 12, the last checkpoint: with data.validation=0 nothing is selected" in caplog.text
     assert open_run(tmp_path).step == 12 and steps_of(tmp_path) == [6, 12]
     assert (tmp_path / "predictions.parquet").exists()
+    assert list(Selection.read(tmp_path, [6, 12], None).evaluations) == [6, 12]  # so a resumed run scores neither again
 
 
 def test_patience_ends_a_run_that_gets_no_better(tiny_config, tmp_path, caplog):

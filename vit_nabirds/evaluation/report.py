@@ -156,7 +156,7 @@ def field_rows(config: Config) -> list[dict]:
 def worded(value: object) -> str:
     """As it is written on the command line; a default that depends on something else, and no text, as a dash."""
     if isinstance(value, list):
-        return ", ".join(f"{x:g}" for x in value)
+        return ", ".join(x if isinstance(x, str) else f"{x:g}" for x in value)
     return "–" if value in (None, "") else f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -21,11 +21,11 @@ def metric_of(config: Config) -> str | None:
 
 
 # What is needed of an evaluation, and of the final scores.
-EVALUATION = {"val/loss", "val/accuracy", "val/mean_class_accuracy"}
+EVALUATION = {"loss", "accuracy", "mean_class_accuracy"}
 TEST = {"loss", "accuracy", "accuracy_interval", "top5_accuracy", "mean_class_accuracy", "examples"}
 
 
-def by_step(content: object, needed: set[str]) -> dict[int, dict]:
+def _by_step(content: object, needed: set[str]) -> dict[int, dict]:
     """Figures by step, as they are written: numbers, and intervals of two. ValueError for anything else."""
     if not isinstance(content, dict) or not all(re.fullmatch("[0-9]{1,15}", step) for step in content):
         raise ValueError("its figures are not by step")
@@ -65,8 +65,9 @@ class Selection:
             content = read_object(file)
             if content.pop("crc32", None) != crc32_of(content):
                 raise ValueError("wrong checksum")
-            evaluations = by_step(content.get("evaluations", {}), EVALUATION)
-            tests = by_step(content.get("tests", {}), TEST)
+            prefix = "val" if metric else "test"
+            evaluations = _by_step(content.get("evaluations", {}), {f"{prefix}/{name}" for name in EVALUATION})
+            tests = _by_step(content.get("tests", {}), TEST)
             if not (workdir / PREDICTIONS).exists():  # it is written with them
                 tests = {}
             if not isinstance(unknown := content.get("unknown"), list):

@@ -11,12 +11,14 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vit_nabirds.config import Config
 from vit_nabirds.config.fields import FREE_ON_RESUME, fields, flat, with_defaults
 from vit_nabirds.config.json_files import read_object
 from vit_nabirds.errors import UserError, reason_of
 from vit_nabirds.runs.metrics import read_metrics
-from vit_nabirds.runs.selection import TEST, by_step
+from vit_nabirds.runs.selection import TEST, check_figures
 
 PLACES = ("data.root", "model.pretrained")  # of data and weights; elsewhere they may be others
 # Fields that change nothing in a finished run.
@@ -120,13 +122,24 @@ def _without_lists(line: dict) -> dict[str, float]:
 def _checked(results: dict) -> dict:
     """results.json, if it is what a finished training writes; ValueError if not."""
     try:
-        selected, last = results["selected"]["step"], results["last"]["step"]
-        by_step({str(selected): results["test"], str(last): results["last"]["test"]}, TEST)
-        if type(selected) is int and type(last) is int:
-            return results
+        for figures in (results["test"], results["last"]["test"]):
+            check_figures(figures, TEST)
+            if not are_shares(figures):
+                raise ValueError("an accuracy of it is not between 0 and 1")
+        steps = results["selected"]["step"], results["last"]["step"]
+        if not all(type(step) is int for step in steps) or not isinstance(results["selected"]["metric"], str | None):
+            raise ValueError("it does not say which steps were scored")
     except (KeyError, TypeError):
-        pass
-    raise ValueError("it lacks figures")
+        raise ValueError("it lacks figures") from None
+    return results
+
+
+def are_shares(figures: dict) -> bool:
+    """Whether all figures of an evaluation are there, on at least one photograph, the accuracies in [0, 1]."""
+    needed, values = TEST - {"accuracy_interval"}, {name: np.array(value) for name, value in figures.items()}
+    if not figures.keys() >= needed or any(values[name].ndim for name in needed) or values["examples"] < 1:
+        return False
+    return all(((0 <= x) & (x <= 1)).all() for name, x in values.items() if "accuracy" in name)
 
 
 def find_runs(folder: Path) -> list[Path]:
