@@ -1,8 +1,10 @@
 """What a training says before its first step: to the log, and to the trackers."""
 
+import dataclasses
 import functools
 import logging
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import grain
@@ -72,6 +74,18 @@ def info_of(run: Run, experiment: str) -> RunInfo:
     return RunInfo(run.workdir, experiment, run.start, params, len(run.metadata.history))
 
 
+def make_tracker(
+    run: Run,
+    start: int,
+    experiment: str,
+    group: ProcessGroup,
+    saved: Callable[[], int | None] = lambda: None,
+) -> Tracker:
+    """Of a run that goes on from step `start`."""
+    info = dataclasses.replace(info_of(run, experiment), start=start)
+    return Tracker(info, run.plan, run.config.track, group.is_writer, saved)
+
+
 def _by_default(run: Run) -> tuple[list[tuple], list[tuple]]:
     """(field, value, default) of the fields that differ from their defaults, and of the others."""
     defaults = {name: field.metadata["default"] for name, field in fields()}
@@ -81,7 +95,10 @@ def _by_default(run: Run) -> tuple[list[tuple], list[tuple]]:
 
 
 def describe_start(run: Run, tracker: Tracker, group: ProcessGroup) -> None:
-    """The run's configuration, what it is made with, and pictures of its first batch, for the trackers."""
+    """The run's configuration, what it is made with, and pictures of its first batch, for the trackers, unless
+    nothing is left to train."""
+    if not (group.is_writer and run.goes_on):
+        return
     device = f"{run.mesh.size} {devices.own(run.mesh).device_kind} of {group.num_processes} process(es)"
     start = {"step": run.start, **provenance(), "devices": device, "data": run.data_in_words}
     add_start(run.workdir, start)
