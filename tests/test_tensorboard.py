@@ -91,8 +91,10 @@ def test_captions_are_cut_to_two_lines_of_the_width_of_their_photograph():
     for name in ["Black-throated Green Warbler", "by Somebody With Very Many Names", "x" * 99, "a b", ""]:
         rows = pictures.wrapped(name, font, 200)
         assert 1 <= len(rows) <= 2 and all(font.getlength(row) <= 200 for row in rows)
-        assert name.startswith(" ".join(rows).rstrip("…"))
+        assert "".join(name.split()).startswith("".join("".join(rows).split()).rstrip("…"))
     assert pictures.wrapped("Red faced Cormorant", font, 200) == ["Red faced", "Cormorant"]
+    assert pictures.wrapped("90 % Black-capped Chickadee", font, 250)[0] == "90 % Black-capped"
+    assert pictures.wrapped("Black-capped Chickadee", font, 100)[0] == "Black-"
 
 
 def test_the_share_of_the_peak_is_that_of_the_products(tiny_config, tmp_path, monkeypatch):

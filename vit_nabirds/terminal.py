@@ -17,7 +17,7 @@ PROXY = "rich_proxied_file"  # what stderr has while something is shown; `say` o
 Item = TypeVar("Item")
 
 
-def is_shown() -> bool:
+def can_show() -> bool:
     """Whether something can be drawn, and nothing is yet."""
     return sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb" and not hasattr(sys.stderr, PROXY)
 
@@ -26,7 +26,7 @@ def is_shown() -> bool:
 def shown_below(drawn: Callable[[], RenderableType]) -> Iterator[None]:
     """While entered, a terminal has what `drawn` returns as its last lines, which log lines, warnings and messages
     scroll past. The cursor stays visible, so that nothing is left to restore when the process is killed."""
-    if not is_shown():
+    if not can_show():
         yield
         return
     stderr, console = sys.stderr, Console(file=sys.stderr, soft_wrap=True, highlight=False)

@@ -5,6 +5,7 @@ All functions return uint8 (height, width, 3).
 
 import contextlib
 import functools
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -48,19 +49,14 @@ def _font() -> ImageFont.FreeTypeFont:
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
-    """At most ROWS lines that are not wider, broken between words; what does not fit ends with '…'."""
-    rows, words = [""], quoted(text).split()
-    while words:
-        joined = f"{rows[-1]} {words[0]}".strip()
-        if font.getlength(joined) <= width or not rows[-1] and len(rows) == ROWS:
-            rows[-1] = joined
-            words = words[1:]
-        elif len(rows) == ROWS:
-            rows[-1], words = f"{rows[-1]} {' '.join(words)}", []
-        elif rows[-1]:
-            rows.append("")
+    """At most ROWS lines that are not wider, broken at spaces and hyphens; what does not fit ends with '…'."""
+    rows = [""]
+    for part in re.findall(r"\s*[^\s-]*-*", quoted(text)):
+        joined = rows[-1] + part
+        if not rows[-1] or len(rows) == ROWS or font.getlength(joined) <= width:
+            rows[-1] = joined.lstrip()
         else:
-            rows[-1], words = joined, words[1:]
+            rows.append(part.lstrip())
     return [_shortened(row, font, width) for row in rows]
 
 

@@ -8,6 +8,7 @@ import polars as pl
 
 from vit_nabirds.errors import UserError
 from vit_nabirds.runs import pictures
+from vit_nabirds.runs.files import write_json
 from vit_nabirds.runs.selection import PREDICTIONS
 from vit_nabirds.runs.tracker import Tracker
 from vit_nabirds.training.introduction import SHOWN, credit
@@ -19,7 +20,12 @@ SPECIES = 8  # in a picture
 
 
 def conclude(run: Run, tracker: Tracker, results: dict) -> None:
-    """After results.json and predictions.parquet are written: nothing that fails here is lost."""
+    """Write results.json, and show the trackers what it says, unless that has been done by an earlier call."""
+    file = run.workdir / "results.json"
+    is_new = not file.exists()
+    write_json(file, results)  # first: nothing that fails below is lost
+    if not is_new:
+        return
     step, selected = results["last"]["step"], results["selected"]
     finals = {name: value for name, value in results["test"].items() if isinstance(value, float)}
     if selected["metric"]:

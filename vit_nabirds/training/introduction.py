@@ -1,8 +1,10 @@
 """What a training says before its first step: to the log, and to the trackers."""
 
+import dataclasses
 import functools
 import logging
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import grain
@@ -71,6 +73,18 @@ def info_of(run: Run, experiment: str) -> RunInfo:
     return RunInfo(run.workdir, experiment, run.start, params, len(run.metadata.history))
 
 
+def make_tracker(
+    run: Run,
+    start: int,
+    experiment: str,
+    group: ProcessGroup,
+    saved: Callable[[], int | None] = lambda: None,
+) -> Tracker:
+    """Of a run that goes on from step `start`."""
+    info = dataclasses.replace(info_of(run, experiment), start=start)
+    return Tracker(info, run.plan, run.config.track, group.is_writer, saved)
+
+
 def _by_default(run: Run) -> tuple[list[tuple], list[tuple]]:
     """(field, value, default) of the fields that differ from their defaults, and of the others."""
     defaults = {name: field.metadata["default"] for name, field in fields()}
@@ -80,7 +94,10 @@ def _by_default(run: Run) -> tuple[list[tuple], list[tuple]]:
 
 
 def describe_start(run: Run, tracker: Tracker, group: ProcessGroup) -> None:
-    """The run's configuration, what it is made with, and pictures of its first batch, for the trackers."""
+    """The run's configuration, what it is made with, and pictures of its first batch, for the trackers, unless
+    nothing is left to train."""
+    if not (group.is_writer and run.goes_on):
+        return
     start = record_start(run.workdir, run.start, run.mesh.devices.flatten().tolist(), group.num_processes, run.facts)
     facts = vars(start) | {"data": run.data_in_words, "versions": ", ".join(map(" ".join, start.versions.items()))}
     del facts["time"]

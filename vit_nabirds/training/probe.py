@@ -24,12 +24,11 @@ from vit_nabirds.runs.checkpoints import Checkpoints, existing
 from vit_nabirds.runs.compiled import keep_compiled
 from vit_nabirds.runs.files import write_json
 from vit_nabirds.runs.record import record_start
-from vit_nabirds.runs.tracker import Tracker
 from vit_nabirds.runs.trackers import check as check_trackers
 from vit_nabirds.training.conclusion import conclude
 from vit_nabirds.training.evaluator import Evaluator
 from vit_nabirds.training.features import features_of
-from vit_nabirds.training.introduction import info_of
+from vit_nabirds.training.introduction import make_tracker
 from vit_nabirds.training.run import Run, prepare_run
 from vit_nabirds.training.saver import Saver
 from vit_nabirds.training.state import TrainState
@@ -86,13 +85,11 @@ def probe(
         keep_compiled(workdir / "compiled", True)
         if not run.saved_steps and (run := search(run, loaded, tried, checkpoints, stop, watchdog, experiment)) is None:
             return _stopped()
-        tracker = stack.enter_context(contextlib.closing(tracker_of(run, run.plan.total_steps, experiment)))
+        tracker = stack.enter_context(contextlib.closing(make_tracker(run, run.plan.total_steps, experiment, group)))
         results = Evaluator(run, tracker, checkpoints, stop, watchdog, True).finish(run.plan.total_steps)
         if results is None:
             return _stopped()
-        if not (workdir / "results.json").exists():
-            conclude(run, tracker, results)
-        write_json(workdir / "results.json", results | {"sweep": _read_sweep(workdir)["found"]})
+        conclude(run, tracker, results | {"sweep": _read_sweep(workdir)["found"]})
     log.info("finished: %s", in_words(results, run.plan.total_steps))
     return FINISHED
 
@@ -221,16 +218,11 @@ def _record(run: Run, best: Candidate, found: Sequence[Candidate], tried: dict, 
     if best.figures:
         run.selection.evaluations[last] = best.figures
     run.selection.write()
-    with contextlib.closing(tracker_of(run, 0, experiment)) as tracker:
+    with contextlib.closing(make_tracker(run, 0, experiment, ProcessGroup())) as tracker:
         for step, values in best.train.items():
             tracker.scalars(step, values)
         if best.figures:
             tracker.scalars(last, best.figures)
-
-
-def tracker_of(run: Run, start: int, experiment: str) -> Tracker:
-    info = dataclasses.replace(info_of(run, experiment), start=start)
-    return Tracker(info, run.plan, run.config.track, is_writer=True)
 
 
 def _as_found(config: Config, workdir: Path, tried: dict[str, list[float]]) -> Config:

@@ -73,14 +73,15 @@ class Reporter:
     def _report(self, keep: int) -> None:
         while len(self._unreported) > keep:
             step, metrics = self._unreported.popleft()
-            if not metrics["finite"]:
+            is_finite = bool(metrics["finite"])  # which waits for the step
+            self._tracker.progress(step)
+            if not is_finite:
                 self._report_bad(step, metrics)
             elif self._plan.logs(step):
                 values = {name: float(metrics[name]) for name in METRICS} | self._speed(step)
                 self._tracker.scalars(step, values, records=int(metrics["records"]))
             if not self.has_diverged:
-                self._bad_in_a_row = 0 if metrics["finite"] else self._bad_in_a_row + 1
-            self._tracker.progress(step)
+                self._bad_in_a_row = 0 if is_finite else self._bad_in_a_row + 1
 
     def _report_bad(self, step: int, metrics: dict[str, jax.Array]) -> None:
         run, self._bad = self._run, self._bad + 1

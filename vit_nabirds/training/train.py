@@ -18,11 +18,10 @@ from vit_nabirds.runs.checkpoints import Checkpoints, damage_set_aside, free_nam
 from vit_nabirds.runs.compiled import keep_compiled
 from vit_nabirds.runs.files import write_json
 from vit_nabirds.runs.selection import PREDICTIONS
-from vit_nabirds.runs.tracker import Tracker
 from vit_nabirds.runs.trackers import check as check_trackers
 from vit_nabirds.training.conclusion import conclude
 from vit_nabirds.training.evaluator import Evaluator
-from vit_nabirds.training.introduction import describe_start, info_of, introduce
+from vit_nabirds.training.introduction import describe_start, introduce, make_tracker
 from vit_nabirds.training.loop import fit
 from vit_nabirds.training.reporter import Reporter
 from vit_nabirds.training.run import Run, prepare_run
@@ -87,13 +86,9 @@ def train(
             state = run.restore(checkpoints, loaded) if run.saved_steps else run.first_state(loaded)
         del loaded
         introduce(run, group, tensorboard)
-        info = info_of(run, experiment)
-        tracker = Tracker(
-            info, run.plan, config.track, group.is_writer, lambda: checkpoints.newest or run.start or None
-        )
+        tracker = make_tracker(run, run.start, experiment, group, lambda: checkpoints.newest or run.start or None)
         stack.enter_context(contextlib.closing(tracker))
-        if group.is_writer and run.goes_on:
-            describe_start(run, tracker, group)
+        describe_start(run, tracker, group)
 
         reporter = Reporter(run, tracker)
         saver = Saver(run, checkpoints, watchdog, group)
@@ -108,16 +103,11 @@ def train(
         results = evaluator.finish(step) if ended and not evaluator.is_behind(step) else None
         if results is None:
             when = f", {time.monotonic() - stop.since:.1f} s after the signal" if stop.requested else ""
-            log.info(
-                "stopped at step %d of %d, all saved in %s%s: run the same command again to resume",
-                step, run.plan.total_steps, workdir / "checkpoints" / str(step), when,
-            )  # fmt: skip
+            log.info("stopped at step %d of %d, all saved in %s%s: run the same command again to resume",
+                step, run.plan.total_steps, workdir / "checkpoints" / str(step), when)  # fmt: skip
             return EXIT_STOPPED
         if group.is_writer:
-            is_new = not (workdir / "results.json").exists()
-            write_json(workdir / "results.json", results)
-            if is_new:
-                conclude(run, tracker, results)
+            conclude(run, tracker, results)
     log.info("finished: %s", in_words(results, run.plan.total_steps))
     return FINISHED
 
