@@ -291,7 +291,7 @@ def test_a_page_escapes_what_it_shows_sorts_and_asks_for_nothing(runs, tmp_path,
     assert (
         hostile in page.evaluate(names)[0] and page.query_selector("img") is None and page.title() == "6 runs compared"
     )
-    page.click("text=test accuracy >> nth=0")
+    page.click("text=test accuracy >> nth=0")  # the best first
     assert page.evaluate(names)[0].endswith("0.002,0") and page.evaluate(names)[-1].endswith("young")
     page.click("text=test accuracy >> nth=0")
     assert hostile in page.evaluate(names)[0] and page.evaluate(names)[-1].endswith("young")

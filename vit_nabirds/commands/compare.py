@@ -132,12 +132,13 @@ def in_order(rows: list[Row], sort: str | None) -> list[Row]:
 
 def write(rows: list[Row], out: Path) -> None:
     """A .csv or .html file, completely or not at all."""
-    from vit_nabirds.evaluation.comparison_files import page, write_csv
+    from vit_nabirds.evaluation.comparison_csv import write_csv
+    from vit_nabirds.evaluation.pages import write_page
 
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as unfinished:
         file = Path(unfinished) / "table"
         if out.suffix == ".csv":
             write_csv(rows, file)
         else:
-            file.write_text(page(views_of(rows)), encoding="utf-8")
+            write_page(file, "runs.html", views=views_of(rows))
         file.replace(out)

@@ -58,6 +58,15 @@ class View(NamedTuple):
     rows: list[dict[str, Cell]]
     notes: list[str]
 
+    @property
+    def headers(self) -> list[str]:
+        return [self.first, *self.figures, *self.fields]
+
+    def is_number(self, header: str) -> bool:
+        """Whether a column has numbers alone, and at least one."""
+        values = [row[header].value for row in self.rows if row[header].value is not None]
+        return bool(values) and all(type(value) in (int, float) for value in values)
+
 
 def rows_of(workdirs: list[Path]) -> list[Row]:
     """A row for each run, named by its path below the folder that has them all."""

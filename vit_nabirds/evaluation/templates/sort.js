@@ -1,4 +1,5 @@
-// Sorts a table by the column whose heading is pressed: numbers by their data-value, text by what is shown.
+// Sorts a table by the column whose heading is pressed: numbers by their data-value, where there is one, text by what
+// is shown.
 for (const table of document.querySelectorAll("table.sortable")) {
   const headings = [...table.tHead.rows[0].cells];
   headings.forEach((heading, column) => {
@@ -13,12 +14,12 @@ for (const table of document.querySelectorAll("table.sortable")) {
       heading.ariaSort = order;
       const key = (row) => {
         const cell = row.cells[column];
-        return numeric ? Number(cell.dataset.value ?? -1) : cell.textContent.trim();
+        return !numeric ? cell.textContent.trim() : cell.dataset.value === undefined ? null : Number(cell.dataset.value);
       };
       const compare = numeric ? (a, b) => a - b : (a, b) => a.localeCompare(b);
       const sign = order === "ascending" ? 1 : -1;
       const rows = [...table.tBodies[0].rows].map((row) => [key(row), row]);
-      rows.sort((a, b) => sign * compare(a[0], b[0]));
+      rows.sort(([a], [b]) => (a === null || b === null ? (a === null) - (b === null) : sign * compare(a, b)));
       table.tBodies[0].append(...rows.map((pair) => pair[1]));
     });
   });
