@@ -132,7 +132,7 @@ def test_without_a_terminal_there_are_lines_alone(tmp_path):
 def test_ctrl_c_says_what_is_saved_and_how_to_go_on(main, tmp_path):
     program = (REPOSITORY / "tests" / "conftest.py").read_text().partition('AT = """')[2].partition('"""')[0]
     command = [sys.executable, "-c", program, "terminate", "compiled in", "train", *main.tiny, "--workdir=a run"]
-    code, output = on_terminal(command, 200, env=main.environment() | {"TERM": "xterm"}, cwd=tmp_path)
+    code, output = on_terminal(command, 200, env=main.environment(2) | {"TERM": "xterm"}, cwd=tmp_path)
     text = "\n".join(Screen(output).lines)
     assert code == 75, text
     assert "curves     " in text and "tensorboard --logdir='a run'" in text and "a run/metrics.jsonl" in text
@@ -168,3 +168,18 @@ def test_numbers_have_units_and_sensible_digits():
     )
     times = {0.4: "0 s", 61: "1 min 1 s", 4320: "1 h 12 min", 3599.7: "1 h 0 min", 180_000: "2 d 2 h"}
     assert {seconds: time_in_words(seconds) for seconds in times} == times
+
+
+def test_other_commands_show_a_bar_on_a_terminal_alone(tmp_path):
+    script = (
+        "import logging, time\nfrom vit_nabirds import cli\nfrom vit_nabirds.terminal import progress\n"
+        "cli.log_to_stderr()\n"
+        "for i in progress(range(4), 4, 'images', 'cropping'):\n"
+        "    time.sleep(0.4)\n    logging.getLogger('vit_nabirds').info('image %d', i)\n"
+    )
+    environment = os.environ | {"TERM": "xterm", "PYTHONPATH": str(REPOSITORY)}
+    code, output = on_terminal([sys.executable, "-c", script], env=environment)
+    assert code == 0 and re.search(r"cropping .*2/4.* images/s", re.sub(r"\x1b\[\S*?m", "", output))
+    assert [line[9:] for line in Screen(output).lines if line] == [f"image {i}" for i in range(4)]
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert [line[9:] for line in done.stderr.splitlines()] == [f"image {i}" for i in range(4)] and not done.stdout
