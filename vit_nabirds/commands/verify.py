@@ -34,7 +34,7 @@ def verify(name: str, images: list[str], figure: Path | None, tolerance: float) 
 
     from vit_nabirds.evaluation.reference import load_reference, outputs, top5
     from vit_nabirds.models.pretrained.checkpoint import open_checkpoint
-    from vit_nabirds.runs.grid import draw_grid
+    from vit_nabirds.runs.pictures import draw_row
 
     if not tolerance >= 0:
         raise ConfigError(f"--tolerance={tolerance}: give a number of at least 0.")
@@ -61,7 +61,8 @@ def verify(name: str, images: list[str], figure: Path | None, tolerance: float) 
     if figure:
         scale = checkpoint.normalization
         shown = np.repeat(pixels * np.array(scale.std) + np.array(scale.mean), 2, axis=0)
-        Image.fromarray(draw_grid(shown, captions, columns=2)).save(figure)
+        rows = [draw_row(shown[i : i + 2], captions[i : i + 2]) for i in range(0, len(shown), 2)]
+        Image.fromarray(np.concatenate(rows)).save(figure)
         print(f"figure: {figure}")
     difference = float(np.abs(theirs - ours).max())
     same = difference <= tolerance
