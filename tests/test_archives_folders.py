@@ -177,7 +177,10 @@ def test_an_archive_may_be_in_a_folder_of_its_own(tmp_path):
             "splits in class folders, as A/test/2.jpg. Make it <split>/",
         ),
         (["train/\u200b/1.jpg", "test/A/2.jpg"], "/train/\\u200b/1.jpg: the class of train/\\u200b/1.jpg has no name"),
-        (["a.jpg", "b.jpg"], "nothing in it that is known as an archive. An archive is NABirds or"),
+        (
+            ["a.jpg", "b.jpg"],
+            "photographs lie directly in it, and the folder of a photograph is",
+        ),
         (
             ["train/A/1.txt", "test/A/2.txt"],
             "no photograph in a folder of its class. Make it <class>/<photograph> or train",

@@ -156,7 +156,7 @@ def check_output(out: Path, suffixes: tuple[str, ...] = (".csv", ".jsonl", ".par
 
 def check_page(flag: str, file: Path) -> None:
     """ConfigError if a page cannot have this name and place."""
-    if file.suffix not in (".html", ".htm"):
+    if file.suffix != ".html":
         raise ConfigError(f"--{flag}={file}: its name must end in .html.")
     check_place(flag, file)
 

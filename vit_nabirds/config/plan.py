@@ -30,7 +30,10 @@ class Plan:
         total = math.ceil(Fraction(str(config.epochs)) * steps_per_epoch)
         warmup, every = round(config.optimizer.warmup.in_steps(steps_per_epoch)), config.checkpoint.every
         if warmup >= total:
-            raise ConfigError(f"config.optimizer.warmup is {warmup} steps, but the whole run has {total}: shorten it.")
+            raise ConfigError(
+                f"config.optimizer.warmup is {warmup} steps, but the whole run has {total}: shorten it, as with "
+                "--config.optimizer.warmup='0 steps'."
+            )
         cooldown = round(config.optimizer.cooldown.in_steps(steps_per_epoch))
         _check_cooldown(cooldown, config.optimizer.schedule, warmup, total)
         if (traced := config.profile.steps).start > total:

@@ -238,7 +238,7 @@ def _open_heif(data: bytes, kind: str, max_pixels: int) -> Picture:
     try:
         import pillow_heif
     except ImportError:
-        raise ValueError("a HEIC picture: install the extra 'heif' (pip install 'vit-nabirds[heif]')") from None
+        raise ValueError("a HEIC picture: pip install pillow-heif") from None
     _refuse_blank_end(data, kind)
     with _refusing(kind):
         opened = pillow_heif.open_heif(data)

@@ -100,12 +100,19 @@ def views_of(rows: list[Row]) -> list[View]:
     notes = [visible(f"{row.name}: {row.run.problem}") for row in rows if row.run.problem]
     if any(filter(None, (interval for row in rows for interval in row.intervals.values()))):
         notes.append("95 % intervals in parentheses.")
+    if len({_tested_on(row) for row in rows if row.run.results}) > 1:
+        notes.insert(0, "The runs were tested on different photographs: their figures cannot be compared.")
     if any(row.run.state != FINISHED and row.value("validation") is not None for row in rows):
         notes.append("Of runs that are not finished, step and validation are those of the latest evaluation.")
     views = [_view("", "run", differing(rows), rows, notes)]
     if means := over_seeds(rows):
         views.append(_view("Means over seeds, ranges in parentheses", "configuration", [], means, []))
     return views
+
+
+def _tested_on(row: Row) -> tuple:
+    """What tells different test photographs apart."""
+    return row.value("data.root"), row.value("data.label"), row.run.results["test"]["examples"]
 
 
 def over_seeds(rows: list[Row]) -> list[Row]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 SPLITS = {"train": "training", "val": "validation", "test": "test", "final": "final"}
 
 
-def _share(value: float) -> str:
+def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
@@ -25,10 +25,10 @@ class Quantity(NamedTuple):
 
 QUANTITIES = {
     "loss": Quantity("loss", "{:.4f}".format, "nats", "What is minimized, as a mean over the photographs."),
-    "accuracy": Quantity("accuracy", _share, "share", "Photographs whose species is the likeliest one."),
-    "top5_accuracy": Quantity("top-5 accuracy", _share, "share", "Photographs whose species is among the likeliest 5."),
+    "accuracy": Quantity("accuracy", percent, "share", "Photographs whose species is the likeliest one."),
+    "top5_accuracy": Quantity("top-5 accuracy", percent, "share", "Photographs whose species is in the likeliest 5."),
     "mean_class_accuracy": Quantity(
-        "mean class accuracy", _share, "share", "The mean of the accuracies of all species: rare ones count as much."
+        "mean class accuracy", percent, "share", "The mean of the accuracies of all species: rare ones count as much."
     ),
     "examples": Quantity("photographs", "{:,}".format, "", "Photographs that were scored.", "{value} {title}"),
     "mistake_distance": Quantity(
@@ -45,11 +45,11 @@ QUANTITIES = {
         "{value} images/s",
     ),
     "input_wait": Quantity(
-        "input wait", _share, "share", "Time that the host waited for photographs. Above 5 %, raise data.workers or "
+        "input wait", percent, "share", "Time that the host waited for photographs. Above 5 %, raise data.workers or "
         "prepare with --pack.",
     ),
     "mfu": Quantity(
-        "MFU", _share, "share", "Matrix products of the step, with those that remat repeats, as a share of what the "
+        "MFU", percent, "share", "Matrix products of the step, with those that remat repeats, as a share of what the "
         "data sheet of the GPU promises.",
     ),
     "memory_gib": Quantity(
@@ -65,7 +65,7 @@ def quantity_of(name: str) -> Quantity:
     if short.startswith("accuracy_level"):
         level = short.removeprefix("accuracy_level")
         meaning = f"Photographs whose group at level {level} of the tree, counted from its root, is right."
-        return Quantity(f"accuracy at level {level}", _share, "share", meaning)
+        return Quantity(f"accuracy at level {level}", percent, "share", meaning)
     return QUANTITIES.get(short) or Quantity(short.replace("_", " "), "{:.4g}".format, "", "")
 
 

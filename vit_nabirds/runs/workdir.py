@@ -10,7 +10,7 @@ from vit_nabirds.data.foreign import PARQUET_ERRORS, read_parquet
 from vit_nabirds.errors import UserError, quoted
 from vit_nabirds.runs.record import Record, read_record
 from vit_nabirds.runs.selection import PREDICTIONS
-from vit_nabirds.runs.summary import are_shares, read_summary
+from vit_nabirds.runs.summary import are_shares, find_runs, read_summary
 
 ANSWERS = {
     "path": pl.String,
@@ -58,7 +58,9 @@ class Workdir:
 def read_workdir(folder: Path) -> Workdir:
     """Of a run that has finished, stopped, or trains right now. UserError if there is none, or a file is damaged."""
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds no run (no 'config.json'): give the --workdir of a training.")
+        below = find_runs(folder)
+        meant = f"one of the {len(below)} below it, like {below[0]}" if below else "the --workdir of a training"
+        raise UserError(f"{folder} holds no run (no 'config.json'): give {meant}.")
     run = read_summary(folder)
     if run.problem:
         raise UserError(f"{folder}: {quoted(run.problem, 500)}. Run the training's command again.")

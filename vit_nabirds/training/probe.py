@@ -194,7 +194,8 @@ def table_of(found: Sequence[Candidate], best: Candidate, metric: str | None) ->
     lines.append(" " * 10 + "".join(f"{decay:>11g}" for decay in decays))
     lines += [f"{rate:>10g}" + "".join(f"{cells[rate, decay]:>11}" for decay in decays) for rate in rates]
     if len(rates) > 2 and best.learning_rate in (min(rates), max(rates)):
-        lines.append("the best learning rate is at the end of those tried: try others beyond it, in another --workdir")
+        end = "the best learning rate is at the end of those tried: try others beyond it"
+        lines.append(f"{end} (--learning_rates=…), in another --workdir")
     return lines
 
 

@@ -17,6 +17,7 @@ from vit_nabirds.parallel.watchdog import Watchdog
 from vit_nabirds.runs.checkpoints import Checkpoints, damage_set_aside, free_name
 from vit_nabirds.runs.compiled import keep_compiled
 from vit_nabirds.runs.files import write_json
+from vit_nabirds.runs.quantities import percent
 from vit_nabirds.runs.selection import PREDICTIONS
 from vit_nabirds.runs.trackers import check as check_trackers
 from vit_nabirds.training.conclusion import conclude
@@ -153,10 +154,12 @@ def in_words(results: dict, planned: int) -> str:
     """The end of a training, for the log."""
     selected, last, test = results["selected"], results["last"], results["test"]
     step, (low, high) = selected["step"], test["accuracy_interval"]
-    accuracy = f"accuracy {test['accuracy']:.4f} (95 %: {low:.4f} to {high:.4f}) on {test['examples']} test photographs"
+    accuracy = f"accuracy {percent(test['accuracy'])} (95 % interval {percent(low)} to {percent(high)})"
+    accuracy += f" on {test['examples']:,} test photographs"
     if not selected["metric"]:
         return f"{accuracy} at step {step}, {selected['why']}"
-    text = f"{accuracy} at step {step}, selected by {selected['metric']} {selected['value']:.4f}"
+    value = f"{selected['value']:.4f}" if selected["metric"].endswith("loss") else percent(selected["value"])
+    text = f"{accuracy} at step {step}, selected by {selected['metric']} {value}"
     if last["step"] != step:
-        text += f"; at step {last['step']}, the last, {last['test']['accuracy']:.4f}"
+        text += f"; at step {last['step']}, the last, {percent(last['test']['accuracy'])}"
     return text + (f"; not better since, so {planned - last['step']} steps were left out" * (last["step"] < planned))

@@ -105,7 +105,13 @@ def _read_folder(path: Path, crop: str) -> Listing:
     if len(inner) < 2 and (others := _files(path, tables.SUFFIXES)):
         return tables.read({others[0]: None}, path, crop)  # says what is wrong with it
     if not inner:
-        raise UserError(f"{path}: nothing in it that is known as an archive. {_LAYOUTS}.")
+        found = "nothing in it that is known as an archive"
+        if not any(path.iterdir()):
+            found = "an empty folder"
+        elif any(file.suffix.lower() in (".jpg", ".jpeg", ".png") for file in path.iterdir()):
+            found = "photographs lie directly in it, and the folder of a photograph is its class: give the folder "
+            found += "above, or make folders of classes"
+        raise UserError(f"{path}: {found}. {_LAYOUTS}.")
     return folders.read(path)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from vit_nabirds.errors import ConfigError
 
 PACKAGES = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}  # that a tracker needs
+INSTALLED = {"mlflow": "mlflow-skinny"}  # what pip knows some as
 FINAL = "final/"  # begins the names of the figures that a finished run is compared by
 
 
@@ -50,7 +51,7 @@ def check(names: tuple[str, ...]) -> None:
         if importlib.util.find_spec(PACKAGES[name]) is None:
             raise ConfigError(
                 f"config.track has {name!r}, but the package {PACKAGES[name]} is not installed: "
-                f'pip install "vit-nabirds[{name}]", or take it out of config.track.'
+                f"pip install {INSTALLED.get(name, name)}, or take it out of config.track."
             )
     if "wandb" in names:
         from vit_nabirds.runs.trackers.wandb import check_key
