@@ -201,7 +201,6 @@ def test_check_ends_at_once_in_the_middle_of_a_compilation(main, tmp_path, signa
 
 
 MISTAKES = {
-    "empty": (["--gpus="], {}, 2, "--gpus is '': it must be like"),
     "not shared": (["--gpus=3 h100"], {}, 2, "config.batch_size is 8, which 3 devices cannot share equally"),
     "share of memory": ([], {"XLA_CLIENT_MEM_FRACTION": "75%"}, 2, "XLA_CLIENT_MEM_FRACTION is '75%': it must be"),
     "two shares": (

@@ -334,7 +334,7 @@ def test_help_of_a_command_lists_its_flags(our_log, capfd, command):
     assert cli.main([command, "--help"]) == 0
     shown = capfd.readouterr().out
     flags = {"train": "workdir", "prepare": "archive", "evaluate": "step", "predict": "images", "export": "out"}
-    flags |= {"check": "gpus", "probe": "learning_rates", "sweep": "set", "compare": "where"}
+    flags |= {"check": "gpus", "probe": "learning_rates", "sweep": "set", "compare": "where", "report": "compare"}
     assert f"\n  --{flags.get(command, 'checkpoint')} " in shown and "Exit codes: " in shown
 
 
