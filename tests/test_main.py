@@ -184,9 +184,10 @@ def test_the_demonstration_and_what_to_do_next(main, tmp_path):
             command = command.replace(name, shlex.quote(str(value)))
         return subprocess.run(command, shell=True, capture_output=True, text=True, cwd=tmp_path, env=environment)
 
-    curves, score, names, prepare, train = commands
+    curves, page, score, names, prepare, train = commands
     assert curves.endswith(" --logdir='runs/my demo'")
     assert re.match(r"2\.\d", typed(curves.partition(" --logdir")[0] + " --version_tb").stdout)
+    assert typed(page).returncode == 0 and (run / "report.html").exists()
     assert json.loads(typed(score).stdout) == {"step": 18, "selected_by": "val/accuracy", "test": results["test"]}
     photograph = next((birds / "archive" / "images").rglob("*.jpg"))
     assert typed(names, FOLDER=photograph.parent).returncode == 0 and (tmp_path / "birds.csv").exists()

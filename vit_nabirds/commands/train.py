@@ -71,6 +71,7 @@ def next_commands(workdir: Path, on_drawn_birds: bool) -> str:
     lines = [
         "what next:",
         f"  see the curves:  {tool('tensorboard')} --logdir={folder}",
+        f"  make a page:     {this} report --workdir={folder}",
         f"  score it again:  {this} evaluate --workdir={folder}",
         f"  name birds:      {this} predict --workdir={folder} --images=FOLDER --out=birds.csv",
     ]
