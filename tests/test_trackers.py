@@ -148,7 +148,7 @@ def test_which_trackers_is_a_field_of_the_configuration(monkeypatch):
     with pytest.raises(ConfigError, match="it must be out of tensorboard, mlflow, wandb, separated by commas"):
         Config.read(given | {"track": ("comet",)})
     monkeypatch.setitem(sys.modules, "mlflow", None)
-    with pytest.raises(ConfigError, match=r"mlflow is not installed: pip install \"vit-nabirds\[mlflow\]\""):
+    with pytest.raises(ConfigError, match=r"mlflow is not installed: pip install mlflow-skinny"):
         check(("tensorboard", "mlflow"))
 
 
