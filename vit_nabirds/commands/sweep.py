@@ -14,6 +14,7 @@ from vit_nabirds.errors import ConfigError, TransientError, UserError, quoted
 from vit_nabirds.parallel.locks import lock
 from vit_nabirds.parallel.preemption import EXIT_STOPPED
 from vit_nabirds.runs.apart import LOG, train_apart
+from vit_nabirds.runs.quantities import percent
 from vit_nabirds.runs.summary import FINISHED, changes, read_summary
 
 log = logging.getLogger("vit_nabirds")
@@ -179,6 +180,8 @@ def train_all(runs: list[Planned], commands: list[list[str]], folder: Path) -> i
             if code:
                 failed[run.workdir.name] = code
                 log.error("%s: exit code %d: %s", run.workdir, code, said)
+            elif results := read_summary(run.workdir).results:
+                log.info("test accuracy %s", percent(results["test"]["accuracy"]))
     show(views_of(rows_of([run.workdir for run in runs])))
     if failed:
         may_be_gone_later = any(code < 0 or code == TransientError.exit_code for code in failed.values())
