@@ -116,7 +116,8 @@ def check(found: tuple[int, list[str]], name: str) -> None:
 
 
 def files_in(folder: Path) -> dict[Path, tuple]:
-    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*") if path.is_file()}
+    files = (path for path in folder.rglob("*") if path.is_file() and path.parent.name != "__pycache__")
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
 
 
 @pytest.mark.parametrize("name", [name for name in ROWS if name not in ON_OTHER_DISKS + IN_A_PROCESS_OF_ITS_OWN])
