@@ -1,4 +1,4 @@
-"""Take the pictures of README and docs anew, of the demonstration:  python docs/screenshots.py [WORKDIR]
+"""Take the pictures of README and docs, of the demonstration:  python docs/screenshots.py [WORKDIR]
 
 It trains the demonstration in a terminal, unless WORKDIR has finished, and opens TensorBoard and report in Chromium.
 """
@@ -7,6 +7,7 @@ import contextlib
 import html
 import os
 import pty
+import re
 import shutil
 import socket
 import subprocess
@@ -58,7 +59,7 @@ def as_html(screen: pyte.Screen) -> str:
 
 
 def colour_of(name: str) -> str:
-    return "inherit" if name == "default" else f"#{name}" if len(name) == 6 and name not in ("yellow",) else name
+    return "inherit" if name == "default" else f"#{name}" if re.fullmatch("[0-9a-f]{6}", name) else name
 
 
 @contextlib.contextmanager

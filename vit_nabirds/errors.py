@@ -109,11 +109,14 @@ def _message_of(error: BaseException) -> str | None:
     return str(error) if isinstance(error, OSError) and error.errno in _STORAGE else None
 
 
+PROXY = "rich_proxied_file"  # what stderr has while terminal.py shows something
+
+
 def say(line: str) -> None:
     """Write lines to stderr, from any thread or signal handler. A reader that has gone must not stop the work."""
     text = visible(line, keep="\n\t") + "\n"
     with contextlib.suppress(OSError):
-        if hasattr(sys.stderr, "rich_proxied_file"):  # above what terminal.py shows
+        if hasattr(sys.stderr, PROXY):  # above what terminal.py shows
             sys.stderr.write(text)
         else:
             os.write(2, text.encode())

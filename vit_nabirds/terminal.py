@@ -12,8 +12,9 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from vit_nabirds.errors import PROXY
+
 REFRESHED = 2  # times a second
-PROXY = "rich_proxied_file"  # what stderr has while something is shown; `say` of errors.py knows it too
 Item = TypeVar("Item")
 
 

@@ -11,6 +11,7 @@ from vit_nabirds.audit.findings import Findings, counted
 from vit_nabirds.errors import ConfigError
 from vit_nabirds.evaluation.views import COUNTS
 from vit_nabirds.runs.metrics import read_metrics
+from vit_nabirds.runs.quantities import time_in_words
 from vit_nabirds.training.run import Run
 
 START = 60  # seconds to the first step: a round guess; later starts find what the first has compiled
@@ -62,8 +63,8 @@ def of_duration(run: Run, speed: Speed | None, limit: float | None, leave: float
     if limit is not None and limit <= START + leave:
         return Findings(
             problems=[
-                f"a job of {in_words(limit)} trains nothing: it is stopped {leave:g} s before its end to save, and "
-                f"needs {START} s or so to start. Give it more --time."
+                f"a job of {about_minutes(limit)} trains nothing: it is stopped {leave:g} s before its end to save, "
+                f"and needs {START} s or so to start. Give it more --time."
             ]
         )
     if not run.goes_on:
@@ -79,15 +80,16 @@ def of_duration(run: Run, speed: Speed | None, limit: float | None, leave: float
     evaluated = f" and {counted(evaluations, 'evaluation')}" if evaluations else ""
     rate = f"{speed.images:,.0f}" if speed.images >= 100 else f"{speed.images:.3g}"
     lines = [
-        f"duration     {about} {in_words(seconds)} for {counted(steps, 'step')}{evaluated}",
+        f"duration     {about} {about_minutes(seconds)} for {counted(steps, 'step')}{evaluated}",
         f"             at {rate} images/s, {speed.source}",
     ]
     if limit is None or limit == math.inf:
         return Findings(lines)
     jobs = math.ceil((seconds - START) / (limit - leave - START))
     if jobs == 1:
-        return Findings([*lines, f"             in one job of {in_words(limit)}"])
-    lines.append(f"             {about} {jobs:,} jobs of {in_words(limit)}: it is resumed {counted(jobs - 1, 'time')}")
+        return Findings([*lines, f"             in one job of {about_minutes(limit)}"])
+    often = counted(jobs - 1, "time")
+    lines.append(f"             {about} {jobs:,} jobs of {about_minutes(limit)}: it is resumed {often}")
     by_hand = f"the run needs {about} {jobs:,} jobs, and --no-requeue leaves it to you to submit them again."
     return Findings(lines, warnings=[] if requeues else [by_hand])
 
@@ -97,11 +99,6 @@ def ends(period: Fraction, start: int, last: int) -> int:
     return (last - 1) // period - start // period + 1
 
 
-def in_words(seconds: float) -> str:
-    """Like '2 d 3 h', '1 h 20 min', '5 min' or '30 s'."""
-    minutes = round(seconds / 60)
-    if minutes < 2:
-        return f"{seconds:.0f} s"
-    days, hours, minutes = minutes // 1440, minutes // 60 % 24, minutes % 60
-    parts = {"d": days, "h": hours, "min": 0 if days else minutes}
-    return " ".join(f"{amount:,} {unit}" for unit, amount in parts.items() if amount)
+def about_minutes(seconds: float) -> str:
+    """Without seconds where there are minutes: they would say more than is known."""
+    return f"{seconds:.0f} s" if seconds < 90 else time_in_words(60 * round(seconds / 60))

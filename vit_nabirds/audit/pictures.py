@@ -2,15 +2,12 @@
 
 import functools
 import os
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import polars as pl
-from rich.console import Console
-from rich.progress import track
 
 from vit_nabirds.audit.findings import Findings, counted
 from vit_nabirds.data.images import ImageFiles
@@ -19,6 +16,7 @@ from vit_nabirds.data.prepare import list_files
 from vit_nabirds.data.unread import Unread
 from vit_nabirds.errors import UserError, quoted
 from vit_nabirds.parallel.cpus import cpu_share
+from vit_nabirds.terminal import progress
 from vit_nabirds.training.run import Run
 
 NAMED = 5  # photographs or classes of a list
@@ -62,12 +60,10 @@ def missing(run: Run) -> Findings:
 
 def damaged(run: Run) -> Findings:
     """Decodes every photograph and compares it with its checksum."""
-    console, started = Console(stderr=True), time.perf_counter()
-    bar = functools.partial(track, console=console, transient=True, disable=not sys.stderr.isatty())
-    found = {
-        name: [problem for problem in bar(_problems(split), f"{SPLITS[name]} photographs", len(split)) if problem]
-        for name, split in run.splits.items()
-    }
+    started, found = time.perf_counter(), {}
+    for name, split in run.splits.items():
+        checked = progress(_problems(split), len(split), "photographs", SPLITS[name])
+        found[name] = [problem for problem in checked if problem]
     count = sum(map(len, run.splits.values()))
     speed, what = count / (time.perf_counter() - started), "copied" if run.train_split.is_packed else "decoded"
     checked = (

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vit_nabirds.commands.predict import check_output
+from vit_nabirds.commands.files import check_file
 from vit_nabirds.config.fields import fields, short_name
 from vit_nabirds.errors import ConfigError, UserError, quoted, shown
 from vit_nabirds.evaluation.comparison import COLUMNS, Row, rows_of, show, views_of
@@ -40,7 +40,7 @@ def run(options, group) -> int:
     conditions = [Condition.parse(text) for text in options.where]
     out = options.out and Path(options.out)
     if out:
-        check_output(out, (".csv", ".html"))
+        check_file("out", out, (".csv", ".html"))
     rows = rows_of(workdirs_in(options.workdir))
     kept = [row for row in rows if all(condition.holds(row) for condition in conditions)]
     if not kept:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from vit_nabirds.commands.files import check_file
 from vit_nabirds.data.kinds import HEADER, kind_of
 from vit_nabirds.errors import ConfigError, UserError, quoted
 
@@ -72,9 +73,9 @@ def predict(
     `source` are the arguments of `Classifier`.
     """
     if out:
-        check_output(out)
+        check_file("out", out, (".csv", ".jsonl", ".parquet"))
     if html:
-        check_page("html", html)
+        check_file("html", html, (".html",))
     files = find_images(images)
     import cv2
 
@@ -146,26 +147,6 @@ def write_sheet(answers: Iterable[dict], html: Path, images: Path, named: int, p
         for answer in answers
     )
     write_page(html, "sheet.html", sorts=False, answers=shown, images=images, named=named, problems=problems)
-
-
-def check_output(out: Path, suffixes: tuple[str, ...] = (".csv", ".jsonl", ".parquet")) -> None:
-    if out.suffix not in suffixes:
-        raise ConfigError(f"--out={out}: its name must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}.")
-    check_place("out", out)
-
-
-def check_page(flag: str, file: Path) -> None:
-    """ConfigError if a page cannot have this name and place."""
-    if file.suffix != ".html":
-        raise ConfigError(f"--{flag}={file}: its name must end in .html.")
-    check_place(flag, file)
-
-
-def check_place(flag: str, file: Path) -> None:
-    if not file.absolute().parent.is_dir():
-        raise ConfigError(f"--{flag}={file}: there is no folder {file.absolute().parent}.")
-    if file.is_dir():
-        raise ConfigError(f"--{flag}={file} is a folder: give the name of a file.")
 
 
 def find_images(path: Path) -> list[Path]:

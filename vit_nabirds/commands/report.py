@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from vit_nabirds.commands.predict import check_page
+from vit_nabirds.commands.files import check_file
 
 log = logging.getLogger("vit_nabirds")
 
@@ -19,7 +19,7 @@ CONFIGURED = ""
 
 def run(options, group) -> int:
     if options.out:
-        check_page("out", Path(options.out))
+        check_file("out", Path(options.out), (".html",))
     default = Path(options.workdir) / ("comparison.html" if options.compare else "report.html")
     report(Path(options.workdir), Path(options.out or default), options.compare and Path(options.compare))
     return 0

@@ -11,7 +11,7 @@ from ml_collections import config_dict
 
 from vit_nabirds.config.durations import CLOCK, STEPS, Duration, StepRange
 from vit_nabirds.config.path_rules import PathRules
-from vit_nabirds.errors import ConfigError, shown
+from vit_nabirds.errors import ConfigError, shown, visible
 
 
 class Check(NamedTuple):
@@ -381,6 +381,13 @@ def short_name(name: str) -> str:
     """'learning_rate' of 'optimizer.learning_rate', but 'optimizer.name', because another section has a name too."""
     last = name.rpartition(".")[2]
     return last if [other.rpartition(".")[2] for other, _ in fields()].count(last) == 1 else name
+
+
+def value_in_words(value: Any) -> str:
+    """A field's value, so that it can be told from others."""
+    if isinstance(value, list | tuple):
+        return f"({', '.join(map(value_in_words, value))})"
+    return f"{value:.6g}" if isinstance(value, float) else visible(str(value)) or "''"
 
 
 def default() -> ml_collections.ConfigDict:

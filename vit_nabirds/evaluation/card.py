@@ -13,6 +13,7 @@ from vit_nabirds.config.json_files import read_object
 from vit_nabirds.errors import visible
 from vit_nabirds.evaluation.views import COUNTS
 from vit_nabirds.runs.loading import LoadedRun, is_run
+from vit_nabirds.runs.quantities import percent
 
 FIGURES = {
     "accuracy": "top-1 accuracy", "top5_accuracy": "top-5 accuracy", "mean_class_accuracy": "mean per-class accuracy",
@@ -163,13 +164,9 @@ def measured(opened: LoadedRun, share: float | None = None) -> str:
         return "not evaluated at this step" if share is None else f"not yet; `evaluate --wise={share:g}` does"
     views = COUNTS[opened.metadata.config["evaluate"]["views"]]
     low, high = values.get("accuracy_interval", (None, None))
-    interval = f" (95 % interval: {percent(low)} to {percent(high)})" if low is not None else ""
+    interval = f" (95 % interval: {percent(low, 2)} to {percent(high, 2)})" if low is not None else ""
     return (
-        f"{percent(values['accuracy'])} top-1{interval}, {percent(values['top5_accuracy'])} top-5 and "
-        f"{percent(values['mean_class_accuracy'])} mean per-class accuracy on {values['examples']:,} {split} "
+        f"{percent(values['accuracy'], 2)} top-1{interval}, {percent(values['top5_accuracy'], 2)} top-5 and "
+        f"{percent(values['mean_class_accuracy'], 2)} mean per-class accuracy on {values['examples']:,} {split} "
         f"photographs{f', averaged over {views} views of each' if views > 1 else ''}"
     )
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.2f} %"

@@ -13,7 +13,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from vit_nabirds.config.fields import short_name
+from vit_nabirds.config.fields import short_name, value_in_words
 from vit_nabirds.errors import visible
 from vit_nabirds.evaluation.figures import wilson
 from vit_nabirds.runs.summary import FINISHED, Summary, read_summary
@@ -142,7 +142,7 @@ def _mean(group: list[Row], names: list[str]) -> Row:
 
 
 def _said(names: list[str], row: Row) -> str:
-    return ", ".join(f"{short_name(name)}={in_words(row.value(name))}" for name in names)
+    return ", ".join(f"{short_name(name)}={value_in_words(row.value(name))}" for name in names)
 
 
 def _view(title: str, first: str, names: list[str], rows: list[Row], notes: list[str]) -> View:
@@ -164,19 +164,12 @@ def _cell(name: str, row: Row) -> Cell:
     elif name.startswith(("validation", "test")):
         shown, short = "{:.4f}".format, "{:.3f}".format
     else:
-        return Cell(in_words(value), "", in_words(value) if isinstance(value, str) else value)
+        return Cell(value_in_words(value), "", value_in_words(value) if isinstance(value, str) else value)
     return Cell(shown(value), "–".join(map(short, interval)) if interval else "", value)
 
 
 def _time(seconds: float) -> str:
     return str(datetime.timedelta(seconds=round(min(seconds, 1e9))))
-
-
-def in_words(value: Any) -> str:
-    """A field's value, so that it can be told from others."""
-    if isinstance(value, list | tuple):
-        return f"({', '.join(map(in_words, value))})"
-    return f"{value:.6g}" if isinstance(value, float) else visible(str(value)) or "''"
 
 
 def show(views: list[View]) -> None:

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import polars as pl
 
+from vit_nabirds.config.fields import value_in_words
 from vit_nabirds.data.foreign import without_formulas
 from vit_nabirds.errors import visible
-from vit_nabirds.evaluation.comparison import COLUMNS, Row, differing, in_words
+from vit_nabirds.evaluation.comparison import COLUMNS, Row, differing
 
 
 def write_csv(rows: list[Row], file: Path) -> None:
@@ -27,4 +28,4 @@ def _series(name: str, values: list) -> pl.Series:
     """Numbers as numbers, anything else as text."""
     if all(value is None or type(value) in (int, float) for value in values):
         return pl.Series(name, values, pl.Int64 if any(type(value) is int for value in values) else pl.Float64)
-    return pl.Series(name, ["" if value in (None, "") else in_words(value) for value in values], pl.String)
+    return pl.Series(name, ["" if value in (None, "") else value_in_words(value) for value in values], pl.String)

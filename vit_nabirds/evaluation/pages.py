@@ -3,7 +3,6 @@
 import base64
 import functools
 import hashlib
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from vit_nabirds.errors import visible
+from vit_nabirds.runs import quantities
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -48,7 +48,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "count": count, "decimals": decimals, "moment": moment, "span": span}
+    environment.filters |= {"percent": percent, "count": count, "decimals": decimals, "moment": moment}
     return environment
 
 
@@ -58,7 +58,7 @@ def _shown(value: Any) -> Any:
 
 
 def percent(share: float | None, digits: int = 1) -> str | None:
-    return None if share is None else f"{100 * share:.{digits}f} %"
+    return None if share is None else quantities.percent(share, digits)
 
 
 def count(number: float | None) -> str | None:
@@ -71,10 +71,3 @@ def decimals(number: float | None, digits: int = 3) -> str | None:
 
 def moment(seconds: float) -> str:
     return time.strftime("%-d %B %Y, %H:%M UTC", time.gmtime(seconds))
-
-
-def span(seconds: float) -> str:
-    """Like '2 h 05 min'."""
-    minutes, rest = divmod(max(math.floor(seconds), 0), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours:,} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

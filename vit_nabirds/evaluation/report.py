@@ -6,12 +6,13 @@ import re
 import polars as pl
 
 from vit_nabirds.config import Config
-from vit_nabirds.config.fields import Model, fields, flat
+from vit_nabirds.config.fields import Model, fields, flat, value_in_words
 from vit_nabirds.evaluation import answers as of_answers
 from vit_nabirds.evaluation.album import Album
 from vit_nabirds.evaluation.figures import wilson
-from vit_nabirds.evaluation.pages import moment, span
+from vit_nabirds.evaluation.pages import moment
 from vit_nabirds.evaluation.plots import Curve, curves, reliability
+from vit_nabirds.runs.quantities import time_in_words
 from vit_nabirds.runs.selection import metric_of
 from vit_nabirds.runs.workdir import Workdir
 
@@ -146,7 +147,7 @@ def field_rows(config: Config) -> list[dict]:
     stands for what the checkpoint has."""
     values, rows = flat(config.to_dict()), []
     for name, field in fields():
-        value, default = (list(x) if isinstance(x, tuple) else x for x in (values[name], field.metadata["default"]))
+        value, default = values[name], field.metadata["default"]
         differs = value != default and not (default is None and config.model.pretrained)
         row = {"name": name, "value": worded(value), "default": worded(default), "differs": differs}
         rows.append(row | {"meaning": field.metadata["meaning"]})
@@ -154,10 +155,8 @@ def field_rows(config: Config) -> list[dict]:
 
 
 def worded(value: object) -> str:
-    """As it is written on the command line; a default that depends on something else, and no text, as a dash."""
-    if isinstance(value, list):
-        return ", ".join(x if isinstance(x, str) else f"{x:g}" for x in value)
-    return "–" if value in (None, "") else f"{value:g}" if isinstance(value, float) else str(value)
+    """A default that depends on something else, and no text, as a dash."""
+    return "–" if value in (None, "") else value_in_words(value)
 
 
 def facts(run: Workdir) -> list[tuple[str, str | None]]:
@@ -175,7 +174,7 @@ def facts(run: Workdir) -> list[tuple[str, str | None]]:
         ("parameters", record and f"{record.parameters:,}, of which {record.trained:,} are trained"),
         ("first start", record and moment(record.starts[0].time)),
         ("starts", record and f"{len(record.starts):,}"),
-        ("logged for", span(max(times) - min(times)) if times else None),
+        ("logged for", time_in_words(max(times) - min(times)) if times else None),
         ("devices", start and f"{start.devices}; {start.processes:,} process{'es' * (start.processes > 1)}"),
         ("git revision", start and (start.revision or None)),
         ("versions", start and ", ".join(f"{name} {version}" for name, version in start.versions.items())),

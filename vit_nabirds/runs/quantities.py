@@ -6,8 +6,8 @@ from typing import NamedTuple
 SPLITS = {"train": "training", "val": "validation", "test": "test", "final": "final"}
 
 
-def percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
+def percent(value: float, digits: int = 1) -> str:
+    return f"{100 * value:.{digits}f} %"
 
 
 def _number(value: float) -> str:
@@ -78,9 +78,10 @@ def in_words(values: dict[str, float]) -> str:
 
 
 def time_in_words(seconds: float) -> str:
-    """'9 s', '3 min 20 s', '1 h 12 min', '2 d 3 h'."""
-    seconds = round(seconds)
+    """'9 s', '3 min 20 s', '1 h 12 min', '2 d'."""
+    seconds = max(round(seconds), 0)
     for size, unit, smaller, name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
         if seconds >= size:
-            return f"{seconds // size} {unit} {seconds % size // smaller} {name}"
+            rest = seconds % size // smaller
+            return f"{seconds // size:,} {unit}" + f" {rest} {name}" * bool(rest)
     return f"{seconds} s"

@@ -7,8 +7,10 @@ import numpy as np
 import polars as pl
 
 from vit_nabirds.errors import UserError
+from vit_nabirds.evaluation.answers import by_class, scored
 from vit_nabirds.runs import pictures
 from vit_nabirds.runs.files import write_json
+from vit_nabirds.runs.quantities import percent
 from vit_nabirds.runs.selection import PREDICTIONS
 from vit_nabirds.runs.tracker import Tracker
 from vit_nabirds.training.introduction import SHOWN, credit
@@ -46,14 +48,9 @@ def conclude(run: Run, tracker: Tracker, results: dict) -> None:
 
 
 def answers_of(run: Run) -> pl.DataFrame:
-    """A row for each test photograph that was read: its index in the split, class_name, photographer, answer,
-    probability, and whether it is right."""
-    predictions = pl.read_parquet(run.workdir / PREDICTIONS)
-    table = run.table.filter(split="test").select("class_name", "photographer").with_row_index("index")
-    answers = table.with_columns(
-        answer=predictions["predictions"].list.first(), probability=predictions["probabilities"].list.first()
-    )
-    return answers.drop_nulls("answer").with_columns(right=pl.col("answer") == pl.col("class_name"))
+    """`scored`, with the index of each photograph in the split, and its photographer."""
+    table = run.table.filter(split="test").select("path", "photographer").with_row_index("index")
+    return scored(pl.read_parquet(run.workdir / PREDICTIONS)).join(table, on="path", maintain_order="left")
 
 
 def draw_mistakes(run: Run, wrong: pl.DataFrame) -> np.ndarray | None:
@@ -64,17 +61,17 @@ def draw_mistakes(run: Run, wrong: pl.DataFrame) -> np.ndarray | None:
         with contextlib.suppress(UserError):
             split.read(row["index"], image)
             images.append(image / np.float32(255))
-            answer = f"{100 * row['probability']:.0f} % {row['answer']}"
-            captions.append((row["class_name"], answer, credit(row["photographer"])))
+            answer = f"{percent(row['probability'], 0)} {row['predicted']}"
+            captions.append((row["label"], answer, credit(row["photographer"])))
     return pictures.draw_row(np.stack(images), captions) if images else None
 
 
 def draw_confused(answers: pl.DataFrame) -> np.ndarray:
     """Photographs by truth and answer, of the species in most mistakes."""
     wrong = answers.filter(~pl.col("right"))
-    names = pl.concat([wrong["class_name"], wrong["answer"]]).value_counts(sort=True)["class_name"][:SPECIES].to_list()
+    names = pl.concat([wrong["label"], wrong["predicted"]]).value_counts(sort=True)["label"][:SPECIES].to_list()
     counts = np.zeros((len(names), len(names)), int)
-    for truth, answer in answers.select("class_name", "answer").iter_rows():
+    for truth, answer in answers.select("label", "predicted").iter_rows():
         if truth in names and answer in names:
             counts[names.index(truth), names.index(answer)] += 1
     return pictures.draw_confusion(names, counts)
@@ -82,10 +79,9 @@ def draw_confused(answers: pl.DataFrame) -> np.ndarray:
 
 def draw_species(answers: pl.DataFrame) -> np.ndarray:
     """The accuracy of the species with the lowest."""
-    by_species = answers.group_by("class_name").agg(right=pl.col("right").sum(), total=pl.len())
-    by_species = by_species.sort(pl.col("right") / pl.col("total"), "class_name")
-    shown, perfect = by_species.head(SPECIES), (by_species["right"] == by_species["total"]).sum()
-    title = f"The {len(shown)} worst of {len(by_species):,} species; {perfect:,} are always right"
+    species = by_class(answers).sort("accuracy", "label")
+    shown, perfect = species.head(SPECIES), (species["correct"] == species["examples"]).sum()
+    title = f"The {len(shown)} worst of {len(species):,} species; {perfect:,} are always right"
     return pictures.draw_accuracies(
-        shown["class_name"].to_list(), shown["right"].to_numpy(), shown["total"].to_numpy(), title
+        shown["label"].to_list(), shown["correct"].to_numpy(), shown["examples"].to_numpy(), title
     )

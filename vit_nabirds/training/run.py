@@ -110,13 +110,12 @@ class Run:
     @property
     def facts(self) -> dict:
         """What run.json says of data and model: fields of `Record`."""
-        splits = {"train": self.train_split, "validation": self.validation_split, "test": self.test_split}
         shapes = self.model.shapes
         parameters, trained = (sum(math.prod(shapes[path].shape) for path in x) for x in (shapes, self.trainable))
         return {
             "total_steps": self.plan.total_steps,
             "classes": self.model.num_classes,
-            "photographs": {name: len(split) for name, split in splits.items() if split},
+            "photographs": {name: len(split) for name, split in self.splits.items()},
             "parameters": parameters,
             "trained": trained,
             "fingerprint": self.metadata.fingerprint,

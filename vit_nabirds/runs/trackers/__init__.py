@@ -30,7 +30,7 @@ class Backend(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class RunInfo:
-    """What a tracker is told of a run before its first figures."""
+    """What a tracker knows of a run before its first figures."""
 
     workdir: Path
     experiment: str  # that runs are compared in: the name of the configuration file
