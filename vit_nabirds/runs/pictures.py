@@ -1,6 +1,7 @@
 """Pictures of what a run does, large enough in their parts to be read as small as TensorBoard shows them.
 
-All functions return uint8 (height, width, 3).
+All functions return uint8 (height, width, 3). matplotlib is imported where it draws: each process of a job would wait
+for it, and one draws.
 """
 
 import contextlib
@@ -9,15 +10,16 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from vit_nabirds.errors import quoted, visible
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SIDE, GAP, SIZE = 200, 10, 26  # pixels of a photograph in a row, between two, and of the letters below
 ROWS = 2  # of a caption's line that is too long for one
@@ -45,6 +47,8 @@ def draw_row(images: np.ndarray, captions: Sequence[Sequence[str]]) -> np.ndarra
 @functools.cache
 def _font() -> ImageFont.FreeTypeFont:
     """Of matplotlib: it has the letters of most names."""
+    import matplotlib
+
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), SIZE)
 
 
@@ -116,8 +120,11 @@ def _short(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _figure(title: str) -> Iterator[tuple[Figure, Axes]]:
+def _figure(title: str) -> Iterator[tuple["Figure", "Axes"]]:
     """With large letters. A '$' in a name is a '$'."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context({"font.size": 15, "text.parse_math": False}):
         figure = Figure(figsize=(6.4, 3.8), dpi=100, layout="constrained")
         axes = figure.add_subplot()
@@ -127,7 +134,9 @@ def _figure(title: str) -> Iterator[tuple[Figure, Axes]]:
         yield figure, axes
 
 
-def _drawn(figure: Figure) -> np.ndarray:
+def _drawn(figure: "Figure") -> np.ndarray:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     canvas = FigureCanvasAgg(figure)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box is drawn for it
