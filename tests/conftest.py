@@ -13,6 +13,9 @@ import pytest
 # Two devices in every test; set before JAX is imported.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Tests choose the size of their terminals; several test processes are given another.
+for size in ("COLUMNS", "LINES"):
+    os.environ.pop(size, None)
 
 # The same small programs are compiled for many tests and processes. Workers of pytest-xdist have the folder of the
 # process that has started them.

@@ -18,7 +18,6 @@ from vit_nabirds.runs.summary import read_summary
 @pytest.fixture(autouse=True)
 def our_log(monkeypatch):
     """Undoes what a command in this process does to the package's log."""
-    monkeypatch.setenv("COLUMNS", "100")  # several test processes have another width
     log = logging.getLogger("vit_nabirds")
     before = log.handlers[:], log.level, log.propagate
     yield

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import termios
 
+import pyte
 import pytest
 from conftest import REPOSITORY
 
@@ -20,26 +21,13 @@ from vit_nabirds.runs.quantities import in_words, time_in_words
 
 
 class Screen:
-    """What a terminal of endless height shows."""
+    """What a terminal of 300 lines shows."""
 
-    def __init__(self, output: str) -> None:
-        self.lines, self.shows_cursor, x, y = [""], True, 0, 0
-        for found in re.finditer(r"\x1b\[(\??\d*)(?:;\d+)*([A-Za-z])|\r|\n|[^\x1b\r\n]+", output):
-            text, number, command = found[0], found[1], found[2]
-            if text == "\r":
-                x = 0
-            elif text == "\n":
-                y += 1
-                self.lines += [""] * (y + 1 - len(self.lines))
-            elif command == "A":
-                y -= int(number)
-            elif command == "K":
-                self.lines[y] = ""
-            elif number == "?25":
-                self.shows_cursor = command == "h"
-            elif command is None:
-                line = self.lines[y].ljust(x)
-                self.lines[y], x = line[:x] + text + line[x + len(text) :], x + len(text)
+    def __init__(self, output: str, width: int = 100) -> None:
+        screen = pyte.Screen(width, 300)
+        pyte.Stream(screen).feed(output)
+        self.lines = [line.rstrip() for line in screen.display][: screen.cursor.y + 1]
+        self.shows_cursor = not screen.cursor.hidden
 
 
 def on_terminal(command: list, width: int = 100, **options) -> tuple[int, str]:
@@ -115,7 +103,7 @@ def test_terminals_that_can_do_less(tmp_path, terminal):
         environment |= {"PYTHONIOENCODING": "ascii:backslashreplace", "LC_ALL": "C"}
     width = 30 if terminal == "narrow" else 100
     code, output = on_terminal([sys.executable, "-c", SCRIPT, tmp_path, "end"], width, env=environment)
-    text = "\n".join(Screen(output).lines)
+    text = "".join(line.ljust(width) for line in Screen(output, width).lines)  # long lines go on below
     assert code == 0 and all(line in text for line in [*LOGGED, "the end"]) and "Traceback" not in text
     drawn = re.findall(r"epoch 0\.4[^\r\n]*", re.sub(r"\d\d step.*|\x1b\[\S*?m", "", output))
     assert bool(drawn) == (terminal != "dumb") and all(len(line) <= width for line in drawn)
@@ -132,8 +120,8 @@ def test_without_a_terminal_there_are_lines_alone(tmp_path):
 def test_ctrl_c_says_what_is_saved_and_how_to_go_on(main, tmp_path):
     program = (REPOSITORY / "tests" / "conftest.py").read_text().partition('AT = """')[2].partition('"""')[0]
     command = [sys.executable, "-c", program, "terminate", "compiled in", "train", *main.tiny, "--workdir=a run"]
-    code, output = on_terminal(command, 200, env=main.environment(2) | {"TERM": "xterm"}, cwd=tmp_path)
-    text = "\n".join(Screen(output).lines)
+    code, output = on_terminal(command, 400, env=main.environment(2) | {"TERM": "xterm"}, cwd=tmp_path)
+    text = "\n".join(Screen(output, 400).lines)
     assert code == 75, text
     assert "curves     " in text and "tensorboard --logdir='a run'" in text and "a run/metrics.jsonl" in text
     assert re.search(
