@@ -236,3 +236,17 @@ def test_a_port_in_use_and_a_host_without_an_address():
         ProcessGroup(1, 2).meet("nowhere.invalid", 5000, timeout=0.2)
     with pytest.raises(UserError, match=r"got no answer from process 0 at 127.0.0.1:\d+ within 0 s"):
         ProcessGroup(1, 2).meet("127.0.0.1", free_port(), timeout=0.2)
+
+
+def test_a_machine_whose_name_has_no_address():
+    """As in a container: processes on CPUs find each other by it."""
+    if subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to make namespaces")
+    program = (
+        "import jax; jax.config.update('jax_cpu_collectives_implementation', 'gloo'); "
+        f"jax.distributed.initialize('127.0.0.1:{free_port()}', 1, 0); from vit_nabirds.parallel import devices; "
+        "devices.all_devices()"
+    )
+    inside = f'hostname no.such.box && exec {sys.executable} -c "{program}"'
+    done = subprocess.run(["unshare", "--uts", "bash", "-c", inside], capture_output=True, text=True)
+    assert "UserError: this machine's name, 'no.such.box', has no address" in done.stderr, done.stderr

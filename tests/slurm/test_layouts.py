@@ -1,7 +1,11 @@
 """The same run on any number of nodes and processes."""
 
+import shlex
+import subprocess
+import sys
+
 import pytest
-from real_slurm import EVERYTHING, TINY, last_step, wait_until
+from real_slurm import EVERYTHING, REPOSITORY, TINY, last_step, wait_until
 from tiny_runs import read_evaluations
 
 from vit_nabirds.runs.metrics import read_metrics
@@ -44,6 +48,20 @@ def test_two_tasks_train_as_one_process_with_two_devices(slurm, one_process, pre
     assert "2 cpu device(s) of 2 process(es)" in run.stderr
     assert_same(trace(tmp_path), trace(one_process))
     assert read_evaluations(tmp_path / "metrics.jsonl")[60]["val/examples"] == 8
+
+
+def test_tasks_in_containers_of_their_own_train_as_one(slurm, one_process, prepared, tmp_path):
+    """Both have the number 1, the same name of the machine and a /dev/shm of their own."""
+    container = ["unshare", "--uts", "--ipc", "--pid", "--mount", "--fork", "--mount-proc", "--kill-child"]
+    if subprocess.run([*container, "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to make namespaces")
+    inside = "hostname localhost && mount -t tmpfs none /dev/shm && exec " + shlex.join(
+        map(str, [sys.executable, REPOSITORY / "main.py", "train", *arguments(prepared, tmp_path)])
+    )
+    run = slurm.srun(2, 2, *container, "bash", "-c", inside)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("finished: ") == 1 and "2 cpu device(s) of 2 process(es)" in run.stderr
+    assert_same(trace(tmp_path), trace(one_process))
 
 
 def test_a_run_moves_from_2x2_to_1x4_4x1_and_1x1_processes_and_devices(slurm, one_process, prepared, tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import resource
+import socket
 import sys
 from collections.abc import Sequence
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vit_nabirds.errors import ConfigError, UserError, shown
+from vit_nabirds.errors import ConfigError, UserError, quoted, shown
 from vit_nabirds.parallel.launchers import processes_of_first_node
 from vit_nabirds.parallel.sharding import AXES
 
@@ -42,16 +43,22 @@ def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mes
 
 
 def all_devices() -> list[jax.Device]:
-    """Of all processes; UserError where JAX_PLATFORMS asks for others than there are."""
+    """Of all processes; UserError where JAX cannot use those that JAX_PLATFORMS or the machine asks for."""
     try:
         return jax.devices()
-    except (RuntimeError, AssertionError):  # some versions assert that there is a device
+    except (RuntimeError, AssertionError) as error:  # some versions assert that there is a device
+        reason = f" ({quoted(error)})" if str(error) else ""
+        if "gloo" in reason:
+            raise UserError(
+                f"this machine's name, {shown(socket.gethostname())}, has no address that the processes could use to "
+                f"talk to each other: give it one in /etc/hosts{reason}."
+            ) from error
         if not (asked := os.environ.get("JAX_PLATFORMS")):
             raise
         raise UserError(
-            f"JAX_PLATFORMS is {shown(asked)}, but JAX finds no such device: see whether the driver does (nvidia-smi), "
-            "install JAX's plug-in for it (BUILD.md), or unset JAX_PLATFORMS to use what there is."
-        ) from None
+            f"JAX_PLATFORMS is {shown(asked)}, but JAX finds no such device{reason}: see whether the driver does "
+            "(nvidia-smi), install JAX's plug-in for it (BUILD.md), or unset JAX_PLATFORMS to use what there is."
+        ) from error
 
 
 def own(mesh: Mesh) -> jax.Device:
