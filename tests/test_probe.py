@@ -238,7 +238,7 @@ def test_a_training_refuses_a_probe_and_a_probe_a_training(probed, prepared, tmp
     config = probe_config(prepared)
     config.optimizer.update({name: optimizer[name] for name in ("learning_rate", "weight_decay")})
     before = json.loads((workdir / "results.json").read_text())
-    with pytest.raises(UserError, match=r"another configuration \(augment.flip: False -> True; .*contrast"):
+    with pytest.raises(UserError, match=r"run of `probe` with another configuration \(augment.flip.*pretrained="):
         train(config, workdir)  # a probe augments nothing
     config.augment.update(flip=False, contrast=(1.0, 1.0), gamma=(1.0, 1.0))
     assert train(config, workdir) == FINISHED and steps_of(workdir) == [10]

@@ -1,12 +1,15 @@
 """Train the classifier alone on features that are computed once, at several rates, and keep the best as a run."""
 
+import logging
 import math
 from pathlib import Path
 
-from vit_nabirds.commands.train import experiment_of
+from vit_nabirds.commands.train import experiment_of, next_commands
 from vit_nabirds.config import Config
 from vit_nabirds.config.fields import flat
 from vit_nabirds.errors import ConfigError
+
+log = logging.getLogger("vit_nabirds")
 
 REQUIRED = ("workdir",)
 FLAGS = {
@@ -26,8 +29,12 @@ def run(options, group) -> int:
     check_same_program(group, flat(config.to_dict()))
     rates, decays = to_try(config, options.learning_rates, options.weight_decays)
     from vit_nabirds.training.probe import probe
+    from vit_nabirds.training.train import FINISHED
 
-    return probe(config, Path(options.workdir), group, rates, decays, experiment_of(options))
+    code = probe(config, Path(options.workdir), group, rates, decays, experiment_of(options))
+    if code == FINISHED:
+        log.info("%s", next_commands(Path(options.workdir), config.data.synthetic))
+    return code
 
 
 def to_try(config: Config, learning_rates: str | None, weight_decays: str | None) -> tuple[list[float], list[float]]:

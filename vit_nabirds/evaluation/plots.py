@@ -45,14 +45,12 @@ def curves(lines: Sequence[Curve], percent: bool = False) -> Markup:
             axes.plot(x, y, kind, color=COLOURS[line.colour], markersize=3.5, linewidth=width, clip_on=False)
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlim(left=0)
-        if percent:
-            axes.set_ylim(top=1.0)
-            axes.yaxis.set_major_formatter(PERCENT)
-        else:
-            axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_formatter("{x:g}")
+        low, high = axes.dataLim.intervaly  # of the finite values
+        ends = (min(low, 0.99), 1.0) if percent else (0.0, high if high > 0 else 1.0)
+        ticks = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(*ends)
+        axes.set(yticks=ticks, ylim=ticks[[0, -1]])
+        axes.yaxis.set_major_formatter(PERCENT if percent else "{x:g}")
         return _svg(figure)
 
 

@@ -23,6 +23,7 @@ from vit_nabirds.parallel.watchdog import Watchdog
 from vit_nabirds.runs.checkpoints import Checkpoints, existing
 from vit_nabirds.runs.compiled import keep_compiled
 from vit_nabirds.runs.files import write_json
+from vit_nabirds.runs.quantities import quantity_of
 from vit_nabirds.runs.record import record_start
 from vit_nabirds.runs.trackers import check as check_trackers
 from vit_nabirds.training.conclusion import conclude
@@ -201,7 +202,7 @@ def table_of(found: Sequence[Candidate], best: Candidate, metric: str | None) ->
 
 def _cell(candidate: Candidate, is_best: bool, metric: str | None) -> str:
     value = candidate.figures[metric] if metric else list(candidate.train.values())[-1]["train/loss"]
-    return f"{'*' * is_best}{value:.4f}"
+    return f"{'*' * is_best}{quantity_of(metric or 'train/loss').shown(value)}"
 
 
 def _as_json(candidate: Candidate) -> dict[str, float]:

@@ -396,10 +396,14 @@ def _changes_of(saved: Metadata, metadata: Metadata, config: Config, workdir: Pa
     fixed = {name: change for name, change in changed.items() if not CHANGEABLE.fullmatch(name)}
     if fixed or changed and not accept_changes:
         words = "; ".join(f"{name}: {change}" for name, change in (fixed or changed).items())
-        advice = "" if fixed else ", or pass --accept_changes to go on with it from the newest checkpoint"
+        if is_probe := (workdir / "sweep.json").exists():
+            advice = f"; --config.model.pretrained={workdir} starts there from what it found"
+        else:
+            advice = ", or take the change back to resume it"
+            advice += "" if fixed else ", or pass --accept_changes to go on with it from the newest checkpoint"
         raise UserError(
-            f"{workdir} holds a run with another configuration ({words}): use another --workdir, or take the change "
-            f"back to resume it{advice}."
+            f"{workdir} holds a run{' of `probe`' * is_probe} with another configuration ({words}): use another "
+            f"--workdir{advice}."
         )
     if saved.species != metadata.species:
         raise UserError(
