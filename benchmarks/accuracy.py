@@ -25,10 +25,10 @@ from vit_nabirds.config import Config
 from vit_nabirds.data.images import open_images
 from vit_nabirds.data.table import read_table
 from vit_nabirds.errors import ConfigError, UserError, say
+from vit_nabirds.files import write_json
 from vit_nabirds.parallel.locks import lock
 from vit_nabirds.parallel.preemption import EXIT_STOPPED
 from vit_nabirds.runs.apart import LOG, train_apart
-from vit_nabirds.runs.files import write_json
 from vit_nabirds.runs.summary import changes, read_summary
 
 PLAIN = "plain"  # the others' differences are from this one

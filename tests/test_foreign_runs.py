@@ -12,7 +12,7 @@ from vit_nabirds import cli
 from vit_nabirds.commands.export import export
 from vit_nabirds.errors import UserError, message_of
 from vit_nabirds.evaluation.card import model_card
-from vit_nabirds.runs.files import crc32_of
+from vit_nabirds.files import crc32_of
 from vit_nabirds.runs.loading import open_run
 
 DEEP = "[" * 100_000

@@ -31,6 +31,7 @@ from vit_nabirds.config.json_files import read_object
 from vit_nabirds.config.path_rules import PathRules
 from vit_nabirds.config.plan import Plan
 from vit_nabirds.errors import LONGEST, ConfigError, UserError, message_of, shown, visible
+from vit_nabirds.files import crc32_of
 from vit_nabirds.models.limits import problem_of
 from vit_nabirds.models.normalization import RANGES
 from vit_nabirds.models.pretrained.checkpoint import open_checkpoint
@@ -39,7 +40,6 @@ from vit_nabirds.models.pretrained.names import mapping
 from vit_nabirds.models.pretrained.processor import read_processor
 from vit_nabirds.models.pretrained.tensors import read_tensors
 from vit_nabirds.runs.checkpoints import Metadata
-from vit_nabirds.runs.files import crc32_of
 from vit_nabirds.runs.metrics import read_metrics
 from vit_nabirds.runs.selection import EVALUATION, TEST, Selection
 

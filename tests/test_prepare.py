@@ -288,7 +288,7 @@ def test_a_rerun_after_kill_9_gives_what_an_undisturbed_run_gives(held_run, pain
     assert len(finished) == 20
     assert not (out / "metadata.parquet").exists()
     # what a kill between writing and renaming leaves
-    stale = next(iter(finished)).with_name("0123.jpg.tmp")
+    stale = next(iter(finished)).with_name("0123.jpg.partial")
     stale.write_bytes(b"\xff\xd8")
 
     prepare(painted_archive, out)
@@ -318,7 +318,7 @@ def test_ctrl_c_finishes_only_the_photograph_in_hand(held_run):
     stderr = process.stderr.read()
     assert stderr.count(b"Traceback") == 1 and stderr.strip().endswith(b"KeyboardInterrupt")
     assert 1 <= len(list(out.glob("cleaned_images/*/*.jpg"))) - 20 <= released < 200
-    assert not list(out.glob("cleaned_images/*/*.tmp"))
+    assert not list(out.glob("cleaned_images/*/*.partial"))
 
 
 def test_other_settings_or_another_archive_are_refused(painted_archive, tmp_path):

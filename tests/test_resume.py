@@ -27,10 +27,10 @@ from vit_nabirds.commands.evaluate import evaluate
 from vit_nabirds.config import Config
 from vit_nabirds.config.plan import Plan
 from vit_nabirds.errors import UserError
+from vit_nabirds.files import crc32_of
 from vit_nabirds.parallel.locks import lock
 from vit_nabirds.recipe.optimizer import make_schedule
 from vit_nabirds.runs.checkpoints import DamagedCheckpoint, damage_set_aside
-from vit_nabirds.runs.files import crc32_of
 from vit_nabirds.runs.metrics import read_metrics, split_metrics
 from vit_nabirds.runs.selection import Selection
 

@@ -17,6 +17,7 @@ from vit_nabirds.data.images import PACK_FILES, PACK_INDEX
 from vit_nabirds.data.photographs import Photographs, open_split
 from vit_nabirds.data.table import PREPARED, read_prepared, read_table
 from vit_nabirds.errors import UserError, remedy_of
+from vit_nabirds.files import written_whole
 from vit_nabirds.parallel.cpus import cpu_share
 from vit_nabirds.parallel.locks import lock
 from vit_nabirds.terminal import progress
@@ -74,14 +75,14 @@ def _write_pack(root: Path, table: pl.DataFrame) -> None:
         raise UserError(f"{folder}: packing needs {needed:,} bytes, {free:,} are free. Make room, or leave out --pack.")
     for name, split in splits.items():
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(split), split.size, split.size, 3)}
-        with _written_whole(folder / name) as opened:
+        with _on_disk(folder / name) as opened:
             np.lib.format.write_array_header_1_0(opened, header)
             images = progress(_decoded(split), len(split), "images", f"writing {name}")
             for row, image in zip(split.rows, images, strict=True):
                 crc32[row] = zlib.crc32(image)
                 opened.write(image)
     index = table.select("path", "is_training_img").with_columns(crc32=crc32)
-    with _written_whole(folder / PACK_INDEX) as opened:
+    with _on_disk(folder / PACK_INDEX) as opened:
         index.write_parquet(opened, metadata={PREPARED: read_prepared(root)})
 
 
@@ -99,10 +100,9 @@ def _decoded(split: Photographs) -> Iterator[np.ndarray]:
 
 
 @contextlib.contextmanager
-def _written_whole(file: Path) -> Iterator[IO[bytes]]:
-    """A temporary file to write to; it becomes `file` once all of it is on the disk."""
-    with open(temporary := file.with_name(f"{file.name}.tmp"), "wb") as opened:
+def _on_disk(file: Path) -> Iterator[IO[bytes]]:
+    """What is written to becomes `file` once all of it is on the disk."""
+    with written_whole(file) as partial, open(partial, "wb") as opened:
         yield opened
         opened.flush()
         os.fsync(opened.fileno())
-    os.replace(temporary, file)

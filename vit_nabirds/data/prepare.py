@@ -34,6 +34,7 @@ from vit_nabirds.data.pack import pack as pack_images
 from vit_nabirds.data.pictures import MAX_PIXELS, open_picture
 from vit_nabirds.data.table import BIRD, PARQUET_ERRORS, PREPARED, SKIPPED
 from vit_nabirds.errors import ConfigError, UserError, quoted, remedy_of
+from vit_nabirds.files import PARTIAL, write_json, written_whole
 from vit_nabirds.parallel.cpus import cpu_share
 from vit_nabirds.parallel.locks import lock
 from vit_nabirds.terminal import progress
@@ -43,7 +44,6 @@ _GEOMETRY = ["path", "source", *BOX, "width", "height", "is_training_img"]
 # What is known of an image once it is prepared: size and box of the upright photograph, checksum of the file.
 _FOUND = {"width": pl.Int32, "height": pl.Int32, "crc32": pl.UInt32}
 _FOUND |= dict.fromkeys(BOX, pl.Float64) | dict.fromkeys(BIRD, pl.Int32)
-_TEMPORARY = ".tmp"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,11 +243,11 @@ def _start(out: Path, table: pl.DataFrame, stored: dict) -> set[str]:
     if not wanted <= present:
         discard_pack(out)
         (out / "metadata.parquet").unlink(missing_ok=True)
-    _write(out / PREPARED, (json.dumps(stored, indent=2) + "\n").encode())
+    write_json(out / PREPARED, stored)
     for folder in folders:
         (cleaned / folder).mkdir(parents=True, exist_ok=True)
     for path in present - paths:
-        if path.endswith(_TEMPORARY):  # a killed run left it
+        if path.endswith(PARTIAL):  # a killed run left it
             (cleaned / path).unlink()
     return present
 
@@ -378,7 +378,5 @@ class _Job:
 
 
 def _write(file: Path, data: bytes) -> None:
-    """Write a file that has its name only when complete, so that a killed run leaves no partial one."""
-    temporary = file.with_name(f"{threading.get_ident()}{_TEMPORARY}")  # shorter than many a name
-    temporary.write_bytes(data)
-    os.replace(temporary, file)
+    with written_whole(file, f"{threading.get_ident()}{PARTIAL}") as partial:  # shorter than many a name
+        partial.write_bytes(data)

@@ -12,6 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from vit_nabirds.errors import visible
+from vit_nabirds.files import written_whole
 from vit_nabirds.runs import quantities
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -23,13 +24,8 @@ def write_page(file: Path, template: str, sorts: bool = True, **content: Any) ->
     # The browser runs this script alone, whatever a species is called.
     script_hash = "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     own = {"style": Markup((TEMPLATES / "style.css").read_text()), "script": Markup(script), "script_hash": script_hash}
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8", errors="replace") as opened:
-            opened.writelines(_pieces(template, own | content))
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    with written_whole(file) as partial, partial.open("w", encoding="utf-8", errors="replace") as opened:
+        opened.writelines(_pieces(template, own | content))
 
 
 def _pieces(template: str, content: dict) -> Iterator[str]:

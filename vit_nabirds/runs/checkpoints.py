@@ -23,11 +23,11 @@ from orbax.checkpoint import v1 as ocp
 
 from vit_nabirds.config.fields import SHAPE, Config, with_defaults
 from vit_nabirds.errors import TransientError, UserError, shown, visible
+from vit_nabirds.files import crc32_of
 from vit_nabirds.models.limits import problem_of
 from vit_nabirds.models.normalization import RANGES, Normalization, are_valid
 from vit_nabirds.models.pretrained.hf_config import PARTS
 from vit_nabirds.parallel.locks import lock
-from vit_nabirds.runs.files import crc32_of
 
 FORMAT = 2  # of the metadata below and of the trees
 Arrays = dict[str, jax.Array]  # by path, like 'encoder/layers/0/norm1/scale'

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 from vit_nabirds.config.json_files import parse_object
+from vit_nabirds.files import written_whole
 
 log = logging.getLogger("vit_nabirds")
 
@@ -23,9 +24,8 @@ class MetricsFile:
                 unread.writelines(line + b"\n" for line in damaged)
             log.warning("%s: %d line(s) could not be read and are in %s now", file, len(damaged), aside.name)
         self.earlier = lines  # also those that are trained again
-        partial = file.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start))
-        partial.replace(file)
+        with written_whole(file) as partial:
+            partial.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start))
         self._file, self._unwritten = file.open("ab", buffering=0), b""
 
     def write(self, line: dict) -> None:

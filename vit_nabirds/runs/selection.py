@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vit_nabirds.config import Config
 from vit_nabirds.config.json_files import read_object
-from vit_nabirds.runs.files import crc32_of, write_json
+from vit_nabirds.files import crc32_of, write_json
 
 log = logging.getLogger("vit_nabirds")
 

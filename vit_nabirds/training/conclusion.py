@@ -8,8 +8,8 @@ import polars as pl
 
 from vit_nabirds.errors import UserError
 from vit_nabirds.evaluation.answers import by_class, scored
+from vit_nabirds.files import write_json
 from vit_nabirds.runs import pictures
-from vit_nabirds.runs.files import write_json
 from vit_nabirds.runs.quantities import percent
 from vit_nabirds.runs.selection import PREDICTIONS
 from vit_nabirds.runs.tracker import Tracker

@@ -5,6 +5,7 @@ import logging
 from vit_nabirds.data.unread import Unread
 from vit_nabirds.errors import TransientError, exit_code_of
 from vit_nabirds.evaluation.scoring import Scorer, make_eval_step
+from vit_nabirds.files import written_whole
 from vit_nabirds.parallel.preemption import StopRequest
 from vit_nabirds.parallel.watchdog import Watchdog
 from vit_nabirds.runs.checkpoints import Checkpoints
@@ -90,8 +91,8 @@ class Evaluator:
                 if step == selected:
                     test = run.table.with_row_index("row").filter(split="test")
                     table = scores.predictions(test, run.metadata.species)
-                    table.write_parquet(partial := file.with_suffix(".partial"))
-                    partial.replace(file)
+                    with written_whole(file) as partial:
+                        table.write_parquet(partial)
                 selection.write()
         return selection.results(selected, last)
 

@@ -21,11 +21,11 @@ from vit_nabirds.data.photographs import Photographs, open_split
 from vit_nabirds.data.table import SPLIT
 from vit_nabirds.data.unread import Unread
 from vit_nabirds.evaluation.views import views
+from vit_nabirds.files import crc32_of, written_whole
 from vit_nabirds.models.normalization import to_float, zscore
 from vit_nabirds.parallel import devices
 from vit_nabirds.parallel.preemption import StopRequest
 from vit_nabirds.runs.checkpoints import digest
-from vit_nabirds.runs.files import crc32_of
 from vit_nabirds.training.run import Run
 
 log = logging.getLogger("vit_nabirds")
@@ -131,9 +131,8 @@ def _read(file: Path, key: str) -> Features | None:
 
 def _write(file: Path, key: str, features: Features) -> None:
     file.parent.mkdir(exist_ok=True)
-    partial = file.with_suffix(".partial")
-    save_file(features._asdict(), partial, metadata=_described(features, key))
-    partial.replace(file)
+    with written_whole(file) as partial:
+        save_file(features._asdict(), partial, metadata=_described(features, key))
 
 
 def _described(features: Features, key: str) -> dict[str, str]:

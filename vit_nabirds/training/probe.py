@@ -15,6 +15,7 @@ import numpy as np
 from vit_nabirds.config import Config
 from vit_nabirds.config.fields import flat
 from vit_nabirds.errors import ConfigError, UserError
+from vit_nabirds.files import write_json
 from vit_nabirds.parallel import devices
 from vit_nabirds.parallel.group import ProcessGroup
 from vit_nabirds.parallel.locks import lock
@@ -22,7 +23,6 @@ from vit_nabirds.parallel.preemption import EXIT_STOPPED, StopRequest
 from vit_nabirds.parallel.watchdog import Watchdog
 from vit_nabirds.runs.checkpoints import Checkpoints, existing
 from vit_nabirds.runs.compiled import keep_compiled
-from vit_nabirds.runs.files import write_json
 from vit_nabirds.runs.quantities import quantity_of
 from vit_nabirds.runs.record import record_start
 from vit_nabirds.runs.trackers import check as check_trackers

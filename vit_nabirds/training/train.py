@@ -10,13 +10,13 @@ from vit_nabirds.config import Config
 from vit_nabirds.data.prepare import prepare
 from vit_nabirds.data.synthetic import draw_archive
 from vit_nabirds.errors import ConfigError, UserError
+from vit_nabirds.files import write_json
 from vit_nabirds.parallel.group import ProcessGroup
 from vit_nabirds.parallel.locks import lock
 from vit_nabirds.parallel.preemption import EXIT_STOPPED, StopRequest
 from vit_nabirds.parallel.watchdog import Watchdog
 from vit_nabirds.runs.checkpoints import Checkpoints, damage_set_aside, free_name
 from vit_nabirds.runs.compiled import keep_compiled
-from vit_nabirds.runs.files import write_json
 from vit_nabirds.runs.quantities import percent
 from vit_nabirds.runs.selection import PREDICTIONS
 from vit_nabirds.runs.trackers import check as check_trackers

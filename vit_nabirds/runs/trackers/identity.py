@@ -5,7 +5,7 @@ import threading
 
 from vit_nabirds.config.json_files import read_object
 from vit_nabirds.errors import quoted
-from vit_nabirds.runs.files import write_json
+from vit_nabirds.files import write_json
 from vit_nabirds.runs.trackers import RunInfo
 
 log = logging.getLogger("vit_nabirds")
