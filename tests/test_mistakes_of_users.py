@@ -143,7 +143,8 @@ set -e
 cd "$1"
 mount -t tmpfs -o size=48k tmpfs full
 mount -t tmpfs -o ro tmpfs locked
-exec "$2" -c "$3" "${@:4}"
+"$2" -c "$3" "${@:4}"
+find full -name "*.partial"
 """
 TYPE_ALL = """
 import shlex, sys
@@ -157,6 +158,7 @@ for command in sys.argv[1:]:
 def test_storage_that_takes_nothing_is_reported_as_the_page_says(world):
     commands = [ROWS[name][0] for name in ON_OTHER_DISKS]
     done = with_own_mounts(OTHER_DISKS, world, sys.executable, TYPE_ALL, *commands)
+    assert not done.stdout.endswith(".partial\n")
     said = re.split(r"ended with (\d+)\n", done.stderr)
     assert len(said) == 2 * len(commands) + 1, done.stderr
     for name, lines, code in zip(ON_OTHER_DISKS, said[::2], said[1::2], strict=False):
