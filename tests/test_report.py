@@ -158,8 +158,8 @@ def test_the_figures_are_those_of_the_results(visit, page_file, hostile):
     low, high = (f"{100 * end:.1f}" for end in test["accuracy_interval"])
     assert f"{100 * test['accuracy']:.1f} % {round(test['accuracy'] * 15)} of 15 test photographs" in text
     assert f"95 % interval {low} to {high} %" in text
-    level = test["accuracy_level1_interval"]  # of one group: perching birds
-    assert f"level 1 1 {100 * test['accuracy_level1']:.1f} % {100 * level[0]:.1f} to {100 * level[1]:.1f} %" in text
+    level = test["accuracy_level1_interval"]
+    assert f"level 1 4 {100 * test['accuracy_level1']:.1f} % {100 * level[0]:.1f} to {100 * level[1]:.1f} %" in text
     answers = pl.read_parquet(hostile / "predictions.parquet")
     right = answers["predictions"].list.first() == answers["label"]
     for name in HOSTILE:

@@ -40,6 +40,18 @@ PLUMAGES = [
     Plumage("Cedar Waxwing", "b96 a86 777 ed8 ca7 ec4 222 - - - 222 -", 0.3, 0.11, 0.35),
     Plumage("Scarlet Tanager (Breeding Male)", "d33 c32 222 d33 d33 222 cb8 - - - - -", 0.0, 0.18, 0.4),
 ]
+_FAMILIES = {
+    "Northern Cardinal": "Cardinals and Allies",
+    "Blue Jay": "Jays",
+    "American Goldfinch": "Finches",
+    "Eastern Bluebird": "Thrushes",
+    "Black-capped Chickadee": "Chickadees and Titmice",
+    "American Robin": "Thrushes",
+    "Baltimore Oriole": "Orioles",
+    "Tufted Titmouse": "Chickadees and Titmice",
+    "Cedar Waxwing": "Waxwings",
+    "Scarlet Tanager": "Cardinals and Allies",
+}
 _FIRST = ["Ada", "Bruno", "Chidi", "Dolores", "Eszter", "Farid", "Greta", "Hiroko", "Ines", "Jonah", "Kavya"]
 _LAST = ["Alder", "Birdsall", "Crane O'Hara", "Dunnock, Jr.", 'van "Finch" Dijk', "Gannet-Reyes", "Kestrel"]
 # Colours of a background from top to bottom: sky, dusk, foliage, autumn, water, snow.
@@ -50,7 +62,7 @@ def draw_archive(
     folder: str | Path, *, species: int = 6, train: int = 40, test: int = 20, size: tuple = (90, 160), seed: int = 0
 ) -> None:
     """Write `train` and `test` images per species, with sides within `size` pixels: the same for equal arguments."""
-    names = list(dict.fromkeys(_species(plumage) for plumage in PLUMAGES))
+    names = list(_FAMILIES)
     if not 1 <= species <= len(names) or min(train, test) < 1 or not 32 <= size[0] <= size[1]:
         raise UserError(
             f"species={species} train={train} test={test} size={size}: give 1 to {len(names)} species, "
@@ -75,8 +87,10 @@ def draw_archive(
 
     identities, *columns = zip(*sorted(rows), strict=True)
     tables = {name: zip(identities, values, strict=True) for name, values in zip(_FILES, columns, strict=True)}
-    tables["hierarchy"] = [(1, 0), *((leaf, 1) for leaf in leaves.values())]
-    tables["classes"] = [(0, "Birds"), (1, "Perching Birds")]
+    families = {name: number for number, name in enumerate(dict.fromkeys(map(_FAMILIES.get, names[:species])), 1)}
+    tables["hierarchy"] = [(number, 0) for number in families.values()]
+    tables["hierarchy"] += [(leaf, families[_FAMILIES[_species(plumage)]]) for plumage, leaf in leaves.items()]
+    tables["classes"] = [(0, "Birds"), *((number, name) for name, number in families.items())]
     tables["classes"] += [(leaf, plumage.name) for plumage, leaf in leaves.items()]
     for name, table in tables.items():
         text = "".join(f"{key} {value}\n" for key, value in table)
