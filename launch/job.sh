@@ -54,6 +54,7 @@ for argument in "$@"; do
     case $argument in --workdir=?*) workdir=${argument#*=} ;; esac
 done
 [ -n "$workdir" ] || die "give the trainer a --workdir=DIR on storage that all nodes share."
+[[ $workdir != *://* ]] || die "--workdir=$workdir: give a folder on storage that all nodes share."
 limit=${MAX_FRUITLESS:-3}
 [[ $limit =~ ^[0-9]+$ ]] || die "MAX_FRUITLESS is '$limit': give a number."
 if [ -n "${STAGE:-}" ]; then
@@ -111,6 +112,7 @@ fi
 
 activated
 export VIT_NABIRDS_TOKEN=${VIT_NABIRDS_TOKEN:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')} # keeps strangers out
+export SLURM_EXIT_ERROR=74 # of srun: a node or the controller does not answer
 export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1} # memory in pages of 2 MB: BUILD.md
 preempted=no
 trap 'preempted=yes' TERM USR1 USR2 # preemption signals this shell too, but it must live on to requeue the job
@@ -119,7 +121,11 @@ if [ "$1" = sweep ]; then # one of its runs, after a check of all
     own=$(SLURM_NTASKS=1 "${training[@]}" --dry_run) && workdir=$own || code=$?
     [ $preempted = no ] || code=75
 fi
-mkdir -p "$workdir" || exit 1
+if ! problem=$(LC_ALL=C mkdir -p "$workdir" 2>&1); then
+    echo "error: $problem" >&2
+    case $problem in *": Permission denied" | *": Not a directory" | *": File exists") exit 1 ;; esac
+    code=74
+fi
 if [ $code -eq 0 ] && [ -n "${STAGE:-}" ]; then
     srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 launch/stage_data.sh "$STAGE" || code=$?
     [ $preempted = no ] || code=75
@@ -136,8 +142,13 @@ this=$SLURM_JOB_ID # for the last task of an array it names the whole array
 [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || this=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 newest=$(ls "$workdir/checkpoints" 2> /dev/null | grep -x '[0-9]*' | sort -n | tail -n 1)
 mark="job=$this step=${newest:-none}"
-echo "$mark exit=$code $(date +%FT%T)" >> "$workdir/restarts.log"
-if [ "$(tail -n $((limit + 1)) "$workdir/restarts.log" | grep -c "^$mark ")" -gt "$limit" ]; then
+if echo "$mark exit=$code $(date +%FT%T)" >> "$workdir/restarts.log"; then
+    fruitless=$(tail -n $((limit + 1)) "$workdir/restarts.log" | grep -c "^$mark ")
+else # full or read-only: of the starts that Slurm counts, those that could not be written down
+    written=$(grep -c "^job=$this " "$workdir/restarts.log" 2> /dev/null)
+    fruitless=$((${SLURM_RESTART_COUNT:-0} + 1 - ${written:-0}))
+fi
+if [ "$fruitless" -gt "$limit" ]; then
     echo "error: ended $((limit + 1)) times in a row at step ${newest:-none} (exit code $code): not requeued." >&2
     exit $code
 fi

@@ -17,16 +17,17 @@ else
 fi
 mapfile -t files < <(realpath "${files[@]}")
 this=$(stat --dereference --format='%n, %s bytes of %y' "${files[@]}")
-mkdir -p "$disk"
-exec 9> "$disk/.$name.lock"
+mkdir -p -m 700 "$disk"
+[ -O "$disk" ] && [ ! -L "$disk" ] || { echo "error: $(hostname): $disk belongs to somebody else: set TMPDIR to a folder of your own" >&2; exit 1; }
+exec 9>> "$disk/.$name.lock"
 flock 9
 if [ ! -e "$disk/.$name.staged" ]; then
     if [ "$how" = "copied to" ]; then
         mkdir -p "$disk/$name/packed"
-        cp "${about[@]:0:2}" "$disk/$name"
-        cp "$archive"/packed/{train.npy,test.npy,index.parquet} "$disk/$name/packed"
+        cp "${about[@]:0:2}" "$disk/$name" || exit 74 # the disk of another node may have room
+        cp "$archive"/packed/{train.npy,test.npy,index.parquet} "$disk/$name/packed" || exit 74
     else
-        tar -xf "$archive" -C "$disk"
+        tar -xf "$archive" -C "$disk" || exit 74
         [ -d "$disk/$name" ] || { echo "error: $archive does not hold a folder $name: make it with tar -cf $name.tar -C PARENT_FOLDER $name" >&2; exit 1; }
     fi
     echo "$this" > "$disk/.$name.staged"

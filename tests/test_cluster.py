@@ -17,7 +17,7 @@ import pytest
 from vit_nabirds.errors import ConfigError, UserError
 from vit_nabirds.parallel.accelerators import Seen
 from vit_nabirds.parallel.group import ProcessGroup
-from vit_nabirds.parallel.launchers import check_same_program, join
+from vit_nabirds.parallel.join import check_same_program, join
 from vit_nabirds.parallel.meeting import _listening, is_loopback
 
 REPOSITORY = Path(__file__).parent.parent
@@ -96,8 +96,8 @@ def start(process_id, *arguments) -> subprocess.Popen:
         (["leaves", "leaves", "leaves"], 0, ""),
         (["waits", "fails", "waits"], 2, "error: process 1 of 3 on node1: it rains\n"),
         (["fails", "waits", "waits"], 2, "error: process 0 of 3 on node0: it rains\n"),
-        (["waits", "waits", "killed"], 1, "error: process 2 of 3 on node2 ended without a word"),
-        (["killed", "waits", "waits"], 1, "error: process 0 of 3 on 127.0.0.1 ended without a word"),
+        (["waits", "waits", "killed"], 74, "error: process 2 of 3 on node2 ended without a word"),
+        (["killed", "waits", "waits"], 74, "error: process 0 of 3 on 127.0.0.1 ended without a word"),
     ],
 )
 def test_the_end_of_one_ends_all_with_one_message(ways, code, message):

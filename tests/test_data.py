@@ -1,9 +1,11 @@
 """Batches: a pure function of (seed, step), the same for any number of hosts and workers; clear errors."""
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import grain
@@ -21,7 +23,7 @@ from vit_nabirds.data.sampling import epoch_order
 from vit_nabirds.data.synthetic import draw_archive
 from vit_nabirds.data.table import class_names, fingerprint, read_table
 from vit_nabirds.data.unread import Unread
-from vit_nabirds.errors import ConfigError, UserError
+from vit_nabirds.errors import ConfigError, TransientError, UserError
 from vit_nabirds.parallel.preemption import SIGNALS
 
 
@@ -140,7 +142,7 @@ def test_worker_count_follows_the_share_of_cpus(monkeypatch):
 def test_batches_of_workers_fit_into_shared_memory(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setattr("vit_nabirds.parallel.cpus._quotas", lambda _: [])
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=64 * 2**20))  # as in Docker
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**26, total=2**26))  # as in Docker
     batch = 128 * 269 * 269 * 3
     assert batches.worker_count(-1, batch_bytes=batch, shared=tmp_path) == 0
     assert batches.worker_count(-1, batch_bytes=batch // 8, shared=tmp_path) == 4
@@ -298,6 +300,18 @@ def test_an_image_that_has_changed_is_an_error_that_names_it(copied, damage, wor
     damage(copied / "cleaned_images" / split.path(5))
     with pytest.raises(UserError, match=rf"{split.path(5)} cannot be read .*{DAMAGES[damage]}"):
         take(split, 6, workers=workers)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_storage_that_fails_says_nothing_about_the_photograph(copied, monkeypatch, skip):
+    split = open_split(copied, read_table(copied), "train")
+
+    def stale(_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "read_bytes", stale)
+    with pytest.raises(TransientError, match="Stale file handle.*: run the same command again when the storage"):
+        take(split, 6, skip=skip)
 
 
 def test_without_checksums_size_and_contents_are_still_checked(copied):

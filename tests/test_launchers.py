@@ -164,6 +164,15 @@ def test_gpus_that_a_process_sees(environ, gpus, tmp_path):
     assert see("n", environ | {"SLURM_GPUS_ON_NODE": "3"}, root) == Seen("n", gpus, 3)
 
 
+def test_gpus_that_do_not_count(tmp_path):
+    """Of a training on the CPU, and CUDA's numbers where the GPUs are AMD's."""
+    assert see("n", {"CUDA_VISIBLE_DEVICES": "0", "JAX_PLATFORMS": "cpu"}, tmp_path).gpus == []
+    (tmp_path / "dev/dri").mkdir(parents=True)
+    for file in ("kfd", "dri/renderD128"):
+        (tmp_path / "dev" / file).touch()
+    assert see("n", {"CUDA_VISIBLE_DEVICES": "0,1", "ROCR_VISIBLE_DEVICES": "0"}, tmp_path).gpus == ["renderD128"]
+
+
 def test_gpus_without_uuids_those_of_a_cgroup_and_those_of_amd(tmp_path, monkeypatch):
     assert see("n", {}, node_with(tmp_path / "a", 2, uuids=False)).gpus == ["nvidia0", "nvidia1"]
     root = node_with(tmp_path / "b", 4)

@@ -76,6 +76,24 @@ def test_an_owner_on_another_machine_counts_while_it_gives_signs_of_life(tmp_pat
         assert file.stat().st_mtime > 1000
 
 
+def test_an_owner_in_another_container_counts_though_its_process_is_not_seen_here(tmp_path, no_locks):
+    file = tmp_path / "lock.owner"
+    file.write_text(json.dumps({"host": locks.socket.gethostname(), "machine": "x", "pid": 1, "started": "none"}))
+    with pytest.raises(UserError, match="busy"):
+        lock(tmp_path / "lock", "busy")
+
+
+def test_an_owner_that_was_taken_for_dead_leaves_the_lock_to_its_heir(tmp_path, no_locks, monkeypatch):
+    monkeypatch.setattr(locks, "HEARTBEAT", 0.01)
+    with lock(tmp_path / "lock", "busy"):
+        file = tmp_path / "lock.owner"
+        file.write_text('{"host": "heir"}')
+        os.utime(file, (0, 1000))
+        time.sleep(0.2)
+        assert file.stat().st_mtime == 1000
+    assert file.exists()
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"host": 7}'])
 def test_an_owner_that_cannot_be_read_counts_until_it_is_silent(tmp_path, no_locks, content):
     file = tmp_path / "lock.owner"

@@ -407,6 +407,9 @@ def test_full_memory_of_a_device_is_one_message():
         (MemoryError(), 74),
         (RuntimeError("can't start new thread"), 74),
         (RuntimeError("INTERNAL: CUDA error: an uncorrectable ECC error"), 74),
+        (RuntimeError("Unable to initialize backend 'cuda': INTERNAL: no supported devices found"), 74),
+        (RuntimeError("Unable to initialize backend 'tpuu': Backend 'tpuu' is not in the list"), 1),
+        (RuntimeError("DEADLINE_EXCEEDED: Barrier timed out"), 74),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate"), 1),
     ],
 )

@@ -26,7 +26,7 @@ from vit_nabirds import cli
 from vit_nabirds.commands.evaluate import evaluate
 from vit_nabirds.config import Config
 from vit_nabirds.config.plan import Plan
-from vit_nabirds.errors import UserError
+from vit_nabirds.errors import TransientError, UserError
 from vit_nabirds.files import crc32_of
 from vit_nabirds.parallel.locks import lock
 from vit_nabirds.recipe.optimizer import make_schedule
@@ -351,6 +351,54 @@ def test_a_run_goes_on_from_an_earlier_checkpoint_at_a_lower_rate(undisturbed, t
     assert [step for step in before if before[step] != after[step]][
         0
     ] == 17  # the rate of step 16 shows in the loss of 17
+
+
+def test_a_checkpoint_that_does_not_open_is_set_aside_whichever_it_is(undisturbed, prepared, tmp_path, monkeypatch):
+    run = unfinished(undisturbed, tmp_path)
+    first = steps_of(run)[0]
+    (run / "checkpoints" / str(first) / "_CHECKPOINT_METADATA").write_text("{")
+    monkeypatch.setattr(logging.getLogger("vit_nabirds"), "handlers", [])
+    config = Path(__file__).with_name("tiny_config.py")
+    assert cli.main(["train", f"--config={config}", f"--config.data.root={prepared}", f"--workdir={run}"]) == FINISHED
+    assert (run / "damaged" / str(first)).is_dir() and losses(run) == losses(undisturbed)
+
+
+def test_a_selected_checkpoint_that_is_damaged_at_the_end_is_set_aside(undisturbed, tiny_config, tmp_path):
+    run = shutil.copytree(undisturbed, tmp_path / "run")
+    selected = json.loads((run / "results.json").read_text())["selected"]["step"]
+    for name in ("results.json", "predictions.parquet"):
+        (run / name).unlink()
+    damage(run / "checkpoints" / str(selected) / "params")
+    with pytest.raises(DamagedCheckpoint, match=f"lies in {run}/damaged now"):
+        train(tiny_config, run)
+    assert train(tiny_config, run) == FINISHED
+    assert json.loads((run / "results.json").read_text())["selected"]["step"] != selected
+
+
+def test_a_start_beside_a_run_that_is_about_to_end_leaves_its_checkpoint(
+    undisturbed, tiny_config, tmp_path, monkeypatch
+):
+    run = unfinished(undisturbed, tmp_path)
+
+    def locked_by_the_other(*arguments):
+        shutil.copytree(undisturbed / "checkpoints" / "20", run / "checkpoints" / "20")
+        return lock(*arguments)
+
+    monkeypatch.setattr("vit_nabirds.training.train.lock", locked_by_the_other)
+    with pytest.raises(TransientError, match="another process has just trained in"):
+        train(tiny_config, run)
+    assert steps_of(run)[-1] == 20 and not (run / "left").exists()
+
+
+def test_an_evaluation_that_was_not_written_is_made_again(undisturbed, tiny_config, tmp_path):
+    run = unfinished(undisturbed, tmp_path)
+    best = json.loads((undisturbed / "results.json").read_text())["selected"]["step"]
+    assert best in steps_of(run)[:-1]
+    selection = Selection.read(run, steps_of(run), "val/accuracy")
+    del selection.evaluations[best]
+    selection.write()
+    assert train(tiny_config, run) == FINISHED
+    assert json.loads((run / "results.json").read_text())["selected"]["step"] == best
 
 
 def test_the_only_checkpoint_is_not_set_aside(undisturbed, tiny_config, tmp_path):

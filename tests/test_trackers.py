@@ -138,7 +138,10 @@ def test_messages_of_servers_lose_their_secrets():
     )
     assert without_secrets(said).count("…") == 4
     assert not any(word in without_secrets(said) for word in ("bird:word", "abc", "Basic", "xyz"))
-    assert without_secrets("http://host/a@b") == "http://host/a@b"
+    for said in ("Authorization: Bearer sk-abc", "train --wandb_token sk-abc --x", "get?X-Amz-Signature=sk-abc&a=b"):
+        assert "sk-abc" not in without_secrets(said) and "…" in without_secrets(said)
+    for said in ("http://host/a@b", "train --config=keys.py --workdir=a token"):
+        assert without_secrets(said) == said
 
 
 def test_which_trackers_is_a_field_of_the_configuration(monkeypatch):

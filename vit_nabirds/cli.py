@@ -16,8 +16,8 @@ from absl import flags
 from absl import logging as absl_logging
 
 from vit_nabirds.errors import ConfigError, UserError, say, shown, visible
-from vit_nabirds.parallel import launchers
 from vit_nabirds.parallel.group import ProcessGroup
+from vit_nabirds.parallel.join import join
 from vit_nabirds.parallel.preemption import EXIT_STOPPED, SIGNALS
 
 COMMANDS = (
@@ -78,10 +78,10 @@ def main(argv: list[str]) -> int:
             options = parse(name, command, argv)
         except ConfigError:
             with contextlib.suppress(UserError):  # all tasks fail alike: let one of them say why
-                group = launchers.join()
+                group = join()
             raise
         if command.PARALLEL:
-            group = launchers.join(*(options[name].value for name in CLUSTER))
+            group = join(*(options[name].value for name in CLUSTER))
             if not group.is_writer:
                 logging.getLogger("vit_nabirds").setLevel(logging.ERROR)
         elif signal.getsignal(signal.SIGINT) is _stop_at_once:  # alone, it can clean up

@@ -37,13 +37,16 @@ _STORAGE = {getattr(errno, f"E{name}") for name in _STORAGE_ERRORS.split()}
 
 # Of a node, of storage, or of memory that other jobs take too.
 _TRANSIENT_ERRORS = (
-    "AGAIN BUSY CONNREFUSED CONNRESET DQUOT HOSTDOWN HOSTUNREACH IO NOLCK NOMEM NOSPC NOTCONN ROFS SHUTDOWN STALE "
-    "TIMEDOUT"
+    "AGAIN BUSY CONNREFUSED CONNRESET DQUOT HOSTDOWN HOSTUNREACH IO MFILE NETDOWN NETUNREACH NFILE NOLCK NOMEM NOSPC "
+    "NOTCONN REMOTEIO ROFS SHUTDOWN STALE TIMEDOUT UCLEAN"
 )
-_TRANSIENT = {getattr(errno, f"E{name}") for name in _TRANSIENT_ERRORS.split()}
+_TRANSIENT = {getattr(errno, f"E{name}", None) for name in _TRANSIENT_ERRORS.split()} - {None}  # some are Linux's
 WORKER_LOST = "Worker process was terminated unexpectedly"  # as Grain says
 # A worker of Grain; Python; XLA, of a device or of the network between devices.
-_TRANSIENT_WORDS = re.compile(rf"{WORKER_LOST}|can't start new thread|^(INTERNAL|UNAVAILABLE|ABORTED|DATA_LOSS)\b")
+_TRANSIENT_WORDS = re.compile(
+    rf"{WORKER_LOST}|can't start new thread|^(Unable to initialize backend '\w+': )?"
+    r"(INTERNAL|UNAVAILABLE|ABORTED|DATA_LOSS|DEADLINE_EXCEEDED|UNKNOWN: CUDA)\b"
+)
 
 
 def exit_code_of(error: BaseException) -> int:
@@ -152,4 +155,6 @@ def _shortened(text: str, most: int) -> str:
 def without_secrets(text: str) -> str:
     """Without user and password in addresses, and what looks like a key or token in them."""
     text = re.sub(r"(\w+://)[^\s/@]+@", r"\1…@", text)
-    return re.sub(r"(?i)((?:key|token|secret|password|passwd|auth\w*)[\"']?\s*[=:]\s*)[^\s&,;]+", r"\1…", text)
+    name = r"(?:key|token|secret|password|passwd|auth\w*|credentials?|sig|signature)"
+    text = re.sub(rf"(?i)(--?[\w-]*{name}\s+)[^\s&,;]+", r"\1…", text)  # an option and its value
+    return re.sub(rf"(?i)({name}[\"']?\s*[=:]\s*)((?:bearer|basic|token)\s+)?[^\s&,;]+", r"\1…", text)

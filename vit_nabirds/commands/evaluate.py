@@ -21,7 +21,7 @@ log = logging.getLogger("vit_nabirds")
 
 
 def run(options, group) -> int:
-    from vit_nabirds.parallel.launchers import check_same_program
+    from vit_nabirds.parallel.join import check_same_program
 
     check_same_program(group, {})
     return evaluate(Path(options.workdir), options.step, options.data_root, group, options.wise, options.views)

@@ -23,7 +23,7 @@ RATE_FACTORS, DECAY_FACTORS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0), (0.0, 1.0, 10.0)
 
 
 def run(options, group) -> int:
-    from vit_nabirds.parallel.launchers import check_same_program
+    from vit_nabirds.parallel.join import check_same_program
 
     config = Config.read(options.config)
     check_same_program(group, flat(config.to_dict()))

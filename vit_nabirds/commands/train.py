@@ -32,7 +32,7 @@ def run(options, group) -> int:
 
 def train_or_resume(config: Config, workdir: Path, group, experiment: str, **changes) -> int:
     """Train with the group's processes, also from the checkpoint before a damaged one; returns the exit code."""
-    from vit_nabirds.parallel.launchers import check_same_program
+    from vit_nabirds.parallel.join import check_same_program
 
     check_same_program(group, flat(config.to_dict()))
     from vit_nabirds.runs.checkpoints import DamagedCheckpoint

@@ -22,6 +22,7 @@ from vit_nabirds.data.photographs import Photographs
 from vit_nabirds.data.sampling import epoch_order
 from vit_nabirds.errors import WORKER_LOST, ConfigError, UserError
 from vit_nabirds.parallel.cpus import cpu_share
+from vit_nabirds.parallel.launchers import processes_of_first_node
 from vit_nabirds.parallel.preemption import SIGNALS
 
 log = logging.getLogger("vit_nabirds")
@@ -128,7 +129,8 @@ def eval_batches(
     """
     block = functools.partial(_eval_block, photographs, batch_size, shard, skip)
     steps = -(-len(photographs) // batch_size)
-    workers = worker_count(workers, photographs.is_packed, batch_bytes(photographs, batch_size, shard))
+    own = batch_bytes(photographs, batch_size, shard)
+    workers = worker_count(workers, photographs.is_packed, own, beside_training=True)
     return _iterate(block, range(steps), workers, photographs.is_packed, waits_for)
 
 
@@ -187,17 +189,23 @@ def check_workers(workers: int) -> None:
         )
 
 
-def worker_count(workers: int, is_packed: bool = False, batch_bytes: int = 0, shared: Path = SHARED) -> int:
+def worker_count(
+    workers: int, is_packed: bool = False, batch_bytes: int = 0, shared: Path = SHARED, beside_training: bool = False
+) -> int:
     """The number of worker processes, 0 for threads. -1 leaves one core free, and means 0 for a pack or two cores.
 
-    Workers pass batches on in shared memory. -1 takes as many as fit there; ConfigError if those asked for do not.
+    Workers pass batches on in shared memory, of which the tasks of a node have equal parts. -1 takes as many as fit
+    there, and so does an evaluation; ConfigError if those asked for do not.
     """
     check_workers(workers)
     share = cpu_share()
     wanted = workers if workers >= 0 else (0 if share <= 2 or is_packed else min(share - 1, 16))
-    free, each = shutil.disk_usage(shared).free if shared.is_dir() else math.inf, (BUFFER + 2) * batch_bytes
+    free, each, tasks = math.inf, (BUFFER + 2) * batch_bytes, processes_of_first_node()
+    if shared.is_dir():
+        usage = shutil.disk_usage(shared)
+        free = usage.free / tasks if beside_training else min(usage.free, usage.total / tasks)
     fitting = wanted if wanted * each <= free else int(free // each)
-    if fitting < wanted and workers > 0:
+    if fitting < wanted and workers > 0 and not beside_training:
         raise ConfigError(
             f"config.data.workers is {workers}, whose batches need {wanted * each / 2**20:,.0f} MiB of {shared}, but "
             f"{free / 2**20:,.0f} MiB are free there: use at most {fitting} (0: threads), pack the folder (`prepare "

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import polars as pl
 
-from vit_nabirds.errors import UserError
+from vit_nabirds.errors import TransientError, UserError, exit_code_of, reason_of
 
 PARQUET_ERRORS = (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException)  # polars panics on damaged bytes
 MOST_BYTES = 2**31  # of a file that lists photographs: those of iNaturalist's millions have half of them
@@ -20,6 +20,14 @@ def read_bytes(file: Path, most: int = MOST_BYTES) -> bytes:
     with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as opened:
         check_regular(file, os.fstat(opened.fileno()), most)
         return opened.readall()
+
+
+def check_storage(file: Path, error: BaseException) -> None:
+    """TransientError if a file was not read because of its storage, which says nothing about the file."""
+    if exit_code_of(error) == TransientError.exit_code:
+        raise TransientError(
+            f"{file} cannot be read ({reason_of(error)}): run the same command again when the storage answers."
+        ) from None
 
 
 def read_text(file: Path, most: int = MOST_BYTES) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 import simplejpeg
 
-from vit_nabirds.data.foreign import leads_out, read_parquet
+from vit_nabirds.data.foreign import check_storage, leads_out, read_parquet
 from vit_nabirds.data.kinds import JPEG
 from vit_nabirds.data.pictures import open_picture
 from vit_nabirds.data.table import PARQUET_ERRORS, PREPARED, read_prepared, settings_of
@@ -64,6 +64,7 @@ class ImageFiles:
             image = open_picture(data).read()
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else quoted(error)
+            check_storage(file, error)
             raise UserError(
                 f"{quoted(file, 1000)} cannot be read ({reason}): run `main.py prepare` again to mend it."
             ) from None
@@ -98,6 +99,7 @@ class PackedImages:
             if length != (expected := self.offset + len(paths) * self.image_bytes):
                 raise ValueError(f"it has {length} bytes, not {expected}")
         except (OSError, ValueError) as error:
+            check_storage(file, error)
             raise _pack_error(file, f"cannot be read ({error})") from None
 
     def __reduce__(self):
@@ -108,6 +110,7 @@ class PackedImages:
         try:
             count = os.preadv(self.opened.fileno(), [out], self.offset + int(index) * self.image_bytes)
         except OSError as error:
+            check_storage(self.file, error)
             raise _pack_error(self.file, f"cannot be read ({error})") from None
         if count != self.image_bytes:
             raise _pack_error(self.file, f"ends inside the image of {quoted(self.paths[int(index)])}")
@@ -131,6 +134,7 @@ def open_images(root: Path, table: pl.DataFrame, train: bool, ignore_pack: bool 
     try:
         index, metadata = read_parquet(file, schema=PACK_COLUMNS), pl.read_parquet_metadata(file)
     except PARQUET_ERRORS as error:
+        check_storage(file, error)
         raise _pack_error(
             file, f"is not a readable Parquet file with {', '.join(PACK_COLUMNS)} ({quoted(error)})"
         ) from None
@@ -152,6 +156,7 @@ def _open_files(root: Path, table: pl.DataFrame, train: bool) -> ImageFiles:
                 raise ValueError(f"it is no regular file in {folder}")
             width, height = open_picture(file).size
         except (OSError, ValueError) as error:
+            check_storage(file, error)
             raise UserError(
                 f"{quoted(file, 1000)} cannot be read ({quoted(error)}): prepare the folder again."
             ) from None

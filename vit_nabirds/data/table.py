@@ -8,7 +8,7 @@ from pathlib import Path
 import polars as pl
 
 from vit_nabirds.data.archives.names import clean_name
-from vit_nabirds.data.foreign import PARQUET_ERRORS, read_parquet, read_text
+from vit_nabirds.data.foreign import PARQUET_ERRORS, check_storage, read_parquet, read_text
 from vit_nabirds.data.splits import held_out
 from vit_nabirds.errors import ConfigError, UserError, quoted
 
@@ -38,6 +38,7 @@ def read_table(root: Path, label: str = "species", validation: float = 0.0) -> p
     try:
         present = pl.read_parquet_schema(file).keys()
     except PARQUET_ERRORS as error:
+        check_storage(file, error)
         raise UserError(f"{file} is not a readable Parquet file ({quoted(error)}): prepare the folder again.") from None
     needed = COLUMNS + (BIRD if present & set(BIRD) else ())
     if missing := [name for name in needed if name not in present]:
@@ -65,6 +66,7 @@ def _read(file: Path, columns: list[str]) -> pl.DataFrame:
     try:
         table = read_parquet(file, columns=columns)
     except PARQUET_ERRORS as error:
+        check_storage(file, error)
         raise UserError(f"{file} is not a readable Parquet file ({quoted(error)}): prepare the folder again.") from None
     try:
         if table["is_training_img"].dtype.is_float():  # a cast would make 0 of 0.9

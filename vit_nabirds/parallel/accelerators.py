@@ -29,7 +29,12 @@ Share = Callable[[list[Seen]], list[list[int] | None]]
 
 def see(node: str, environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> Seen:
     """The GPUs of this process, by UUID where the driver or the environment has it, else by number."""
-    for names, pattern in zip(VISIBLE, FILES, strict=True):
+    if environ.get("JAX_PLATFORMS") == "cpu":
+        return Seen(node, [])
+    makers = list(zip(VISIBLE, FILES, strict=True))
+    if _on_node(root, FILES[1]) and not glob.glob(str(root / FILES[0])):
+        makers.reverse()  # what CUDA may see says nothing of AMD's
+    for names, pattern in makers:
         gpus = _on_node(root, pattern)
         for name in names:
             gpus = _visible(gpus, environ[name]) if name in environ else gpus

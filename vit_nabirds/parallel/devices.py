@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vit_nabirds.errors import ConfigError, UserError, quoted, shown
+from vit_nabirds.errors import ConfigError, TransientError, UserError, exit_code_of, quoted, shown
 from vit_nabirds.parallel.launchers import processes_of_first_node
 from vit_nabirds.parallel.sharding import AXES
 
@@ -55,7 +55,8 @@ def all_devices() -> list[jax.Device]:
             ) from error
         if not (asked := os.environ.get("JAX_PLATFORMS")):
             raise
-        raise UserError(
+        kind = TransientError if exit_code_of(error) == TransientError.exit_code else UserError
+        raise kind(
             f"JAX_PLATFORMS is {shown(asked)}, but JAX finds no such device{reason}: see whether the driver does "
             "(nvidia-smi), install JAX's plug-in for it (BUILD.md), or unset JAX_PLATFORMS to use what there is."
         ) from error

@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from vit_nabirds.errors import ConfigError, UserError, exit_code_of, message_of, say
+from vit_nabirds.errors import ConfigError, TransientError, UserError, exit_code_of, message_of, say
 from vit_nabirds.parallel.accelerators import Seen, Share, share
 from vit_nabirds.parallel.meeting import LOCAL_ID, NODE, SLURM_JOB, report_to_first, wait_for_others, write
 
@@ -194,7 +194,7 @@ class ProcessGroup:
         if "goodbye" in words:
             self._gone.add(process_id)
             return
-        message, code = words.get("message"), words.get("code", 1)
+        message, code = words.get("message"), words.get("code", TransientError.exit_code)
         if not words and (self.is_writer or self.process_id == 1 or LOCAL_ID == "0"):
             message = LOST.format(process_id, self.num_processes, node)
         if self.is_writer:

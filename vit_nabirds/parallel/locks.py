@@ -42,7 +42,9 @@ class Owner:
 
     def __init__(self, file: Path, message: str) -> None:
         self._file, self._closing = file, threading.Event()
-        mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())})
+        self._mine = mine = json.dumps(
+            {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(), "started": _started(os.getpid())}
+        )
         try:
             self._create(mine)
         except FileExistsError:
@@ -65,7 +67,11 @@ class Owner:
     def _live(self) -> None:
         while not self._closing.wait(HEARTBEAT):
             with contextlib.suppress(OSError):
-                os.utime(self._file)
+                if self._is_mine():  # or another has taken this process for dead
+                    os.utime(self._file)
+
+    def _is_mine(self) -> bool:
+        return self._file.read_text() == self._mine
 
     def fileno(self) -> int:
         return self._opened.fileno()
@@ -74,7 +80,9 @@ class Owner:
         self._closing.set()
         self._opened.close()
         self._thread.join()
-        self._file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            if self._is_mine():
+                self._file.unlink()
 
     def __enter__(self) -> Self:
         return self
@@ -88,13 +96,22 @@ def _alive(file: Path) -> dict | None:
     try:
         written = file.stat().st_mtime
         owner = json.loads(file.read_text())
-        if owner["host"] == socket.gethostname():
+        if owner["host"] and owner.get("machine") == _machine():
             return owner if _started(owner["pid"]) == owner["started"] else None
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):  # in the moment between its creation and its first words, or damaged
         owner = {}
     return owner if _now(file.parent) - written < SILENCE else None
+
+
+def _machine() -> str | None:
+    """What is one for processes that see each other's numbers: two containers of a machine do not."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
 
 
 def _started(pid: int) -> str | None:

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -118,7 +119,11 @@ def damage_set_aside(workdir: Path, is_locked: bool = True) -> Iterator[None]:
             )
             raise
         busy = f"{damage} Another process works in {workdir}, so it was left there."
-        with contextlib.nullcontext() if is_locked else lock(workdir / "lock", busy):
+        try:
+            held = contextlib.nullcontext() if is_locked else lock(workdir / "lock", busy)
+        except UserError as error:  # perhaps another process of the same job moves it
+            raise TransientError(str(error)) from None
+        with held:
             aside.mkdir(exist_ok=True)
             with contextlib.suppress(FileNotFoundError):  # another process has moved it
                 folder.rename(free_name(aside / folder.name))
@@ -132,6 +137,10 @@ def free_name(path: Path) -> Path:
     return next(path.with_name(name) for name in names if not path.with_name(name).exists())
 
 
+# What Orbax raises of metadata that it has not written.
+_UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, OSError)
+
+
 class Checkpoints:
     """The folder `checkpoints` of a run. The two newest are kept (if the machine dies while one is written, the other
     is whole), and those that `keep` names of all steps."""
@@ -143,19 +152,33 @@ class Checkpoints:
         self._has_leftovers = False  # of saves that have failed, perhaps with threads that still write
         self._open = functools.partial(
             ocp.training.Checkpointer,
-            folder.absolute(),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=self,
         )
         try:
-            self._orbax = self._open(cleanup_tmp_directories=not read_only)
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, OSError) as error:
+            self._orbax = self._open(folder.absolute(), cleanup_tmp_directories=not read_only)
+        except _UNREADABLE as error:
             if isinstance(error, OSError) and error.errno != errno.EOVERFLOW:  # which a date in the year 10^20 raises
                 raise
+            if damaged := self._first_damaged(folder.absolute()):
+                raise DamagedCheckpoint(damaged) from None
             raise UserError(
                 f"{folder} has a checkpoint whose _CHECKPOINT_METADATA is not what this program writes "
                 f"({shown(str(error))}): delete that checkpoint."
             ) from None
+
+    def _first_damaged(self, folder: Path) -> Path | None:
+        """The checkpoint that Orbax does not open even alone."""
+        for step in sorted(
+            (file for file in folder.iterdir() if file.name.isdecimal()), key=lambda file: int(file.name)
+        ):
+            with tempfile.TemporaryDirectory() as alone:
+                (Path(alone) / step.name).symlink_to(step)
+                try:
+                    self._open(Path(alone), cleanup_tmp_directories=False).close()
+                except _UNREADABLE:
+                    return step
+        return None
 
     def should_preserve(self, checkpoints: list, *, context: Any) -> list[bool]:
         """Orbax's PreservationPolicy."""
@@ -284,7 +307,7 @@ class Checkpoints:
         if error:
             if jax.process_count() == 1:  # the old one would raise this error again
                 threading.Thread(target=_close, args=[self._orbax], daemon=True).start()
-                self._orbax, self._has_leftovers = self._open(), True
+                self._orbax, self._has_leftovers = self._open(Path(self._orbax.directory)), True
             raise error
 
     def _of_another_version(self, step: int) -> UserError:

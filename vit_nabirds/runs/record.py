@@ -16,7 +16,7 @@ from typing import Any
 from vit_nabirds.config.json_files import read_object
 from vit_nabirds.errors import without_secrets
 from vit_nabirds.files import write_json
-from vit_nabirds.parallel.launchers import PACKAGES
+from vit_nabirds.parallel.join import PACKAGES
 
 log = logging.getLogger("vit_nabirds")
 

@@ -82,6 +82,11 @@ class Selection:
             log.warning("%s %s: any checkpoint (of step %s) may be the best, all are kept", file, problem, steps)
         return cls(file, metric, {}, {}, list(checkpoints) if metric else [])
 
+    def ask_again(self, steps: list[int]) -> None:
+        """Of these steps, which have been evaluated, some evaluations may not have been written: storage was full."""
+        if self.metric:
+            self.unknown += [step for step in steps if step not in self.evaluations and step not in self.unknown]
+
     @property
     def checksum(self) -> int:
         """Of all that decides which checkpoint is selected."""

@@ -287,6 +287,7 @@ def prepare_run(
         make_train_step, config, model, tx, schedule, trainable, loss_fn, normalization, mesh
     )  # fmt: skip
     selection = Selection.read(workdir, saved_steps, metric_of(config))
+    selection.ask_again([step for step in saved_steps[:-1] if plan.evaluates(step)])
     run = Run(
         config, plan, workdir, mesh, table, train_split, validation_split, test_split, read_taxonomy(root, table),
         model, metadata, pretrained, rules, trainable, tx, make_step, saved_steps, selection,

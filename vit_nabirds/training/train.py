@@ -9,7 +9,7 @@ from pathlib import Path
 from vit_nabirds.config import Config
 from vit_nabirds.data.prepare import prepare
 from vit_nabirds.data.synthetic import draw_archive
-from vit_nabirds.errors import ConfigError, UserError
+from vit_nabirds.errors import ConfigError, TransientError
 from vit_nabirds.files import write_json
 from vit_nabirds.parallel.group import ProcessGroup
 from vit_nabirds.parallel.locks import lock
@@ -67,12 +67,13 @@ def train(
         if group.is_writer:
             busy = f"another process trains in {workdir} right now: wait for its end, or use another --workdir."
             stack.enter_context(lock(workdir / "lock", busy))
-            leave_later(workdir, run.saved_steps)
+            if from_step is not None:
+                leave_later(workdir, run.start)
         group.check_shared(workdir / "lock")
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir / "checkpoints")))
         stack.push(group.end_if_several)  # or an error would wait for the other processes in the line above
         if checkpoints.steps != run.saved_steps:
-            raise UserError(f"another process has just trained in {workdir}: run the same command again.")
+            raise TransientError(f"another process has just trained in {workdir}: run the same command again.")
         if run.goes_on:  # also after an end that patience brought
             run.selection.tests.clear()
         if group.is_writer:
@@ -101,7 +102,8 @@ def train(
         reporter.check(step)
 
         ended = step == run.plan.total_steps or run.has_converged
-        results = evaluator.finish(step) if ended and not evaluator.is_behind(step) else None
+        with damage_set_aside(workdir):
+            results = evaluator.finish(step) if ended and not evaluator.is_behind(step) else None
         if results is None:
             when = f", {time.monotonic() - stop.since:.1f} s after the signal" if stop.requested else ""
             log.info("stopped at step %d of %d, all saved in %s%s: run the same command again to resume",
@@ -113,10 +115,10 @@ def train(
     return FINISHED
 
 
-def leave_later(workdir: Path, steps: list[int]) -> None:
-    """Move the checkpoints after the last of these steps to WORKDIR/left, where no run reads them."""
+def leave_later(workdir: Path, step: int) -> None:
+    """Move the checkpoints after this step to WORKDIR/left, where no run reads them."""
     for folder in (workdir / "checkpoints").glob("[0-9]*"):
-        if steps and folder.name.isdecimal() and int(folder.name) > steps[-1]:
+        if folder.name.isdecimal() and int(folder.name) > step:
             (workdir / "left").mkdir(exist_ok=True)
             place = free_name(workdir / "left" / folder.name)
             folder.rename(place)
