@@ -60,6 +60,7 @@ def runs(undisturbed, tmp_path_factory) -> Path:
     for rate, seed, accuracy in ((0.01, 0, 0.5), (0.01, 1, 0.7), (0.002, 0, 0.9), (0.002, 1, 0.8)):
         copied(undisturbed, folder / f"{rate},{seed}", accuracy, seed=seed, optimizer__learning_rate=rate)
     cut(copied(undisturbed, folder / "young", epochs=8.0), 14)
+    change(folder / "young" / "run.json", total_steps=40)
     return folder
 
 
@@ -108,6 +109,7 @@ def test_the_number_of_steps_is_known_from_any_line_of_the_log(undisturbed, tmp_
     for line in lines:
         (run / "metrics.jsonl").write_text(line)
         assert read_summary(run).total_steps == 20
+        (run / "run.json").unlink(missing_ok=True)  # of an earlier version
 
 
 def test_the_time_counts_no_pause(undisturbed, tmp_path):
@@ -199,6 +201,7 @@ WHERE = {
     "state=finished": ["0.002,0", "0.002,1", "0.01,0", "0.01,1"],
     "test>0.7": ["0.002,0", "0.002,1"],
     "augment.contrast=(0.8,1.2)": ["0.002,0", "0.002,1", "0.01,0", "0.01,1", "young"],
+    "track=tensorboard": ["0.002,0", "0.002,1", "0.01,0", "0.01,1", "young"],
     "augment.flip=True": ["0.002,0", "0.002,1", "0.01,0", "0.01,1", "young"],
     "optimizer.name=adamw": ["0.002,0", "0.002,1", "0.01,0", "0.01,1", "young"],
 }
@@ -297,3 +300,30 @@ def test_a_page_escapes_what_it_shows_sorts_and_asks_for_nothing(runs, tmp_path,
     assert hostile in page.evaluate(names)[0] and page.evaluate(names)[-1].endswith("young")
     assert page.evaluate("document.documentElement.scrollWidth") == 390  # the table scrolls, the page does not
     assert asked == [(tmp_path / "table.html").as_uri()] and not said
+
+
+def test_runs_are_on_the_same_photographs_by_their_fingerprint_wherever_these_lie(undisturbed, tmp_path, capfd):
+    for seed in (0, 1):
+        copied(undisturbed, tmp_path / f"{seed}", seed=seed, data__root=f"/scratch/job_{seed}/birds")
+    said = "\n".join(compared(capfd, tmp_path))
+    assert "Means over seeds" in said and "different photographs" not in said
+    change(tmp_path / "1" / "run.json", fingerprint="another")
+    said = "\n".join(compared(capfd, tmp_path))
+    assert "Means over seeds" not in said and "different photographs" in said
+
+
+def test_each_run_counts_once_and_a_folder_without_any_is_an_error(runs, undisturbed, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(runs)
+    (tmp_path / "link").symlink_to(runs / "0.01,0")
+    assert first_words(compared(capfd, "0.01,0", "./0.01,0", runs / "0.01,0", tmp_path / "link")) == ["0.01,0"]
+    assert first_words(compared(capfd, tmp_path)) == ["link"]
+    (tmp_path / "photographs").mkdir()
+    (tmp_path / "photographs" / "a.jpg").touch()
+    assert "photographs holds no run" in refused(capfd, tmp_path / "photographs")
+
+
+def test_numbers_of_two_kinds_are_one_column(undisturbed, tmp_path):
+    for epochs in (4, 7.5):
+        copied(undisturbed, tmp_path / "runs" / str(epochs), epochs=epochs)
+    assert cli.main(["compare", str(tmp_path / "runs"), f"--out={tmp_path / 'runs.csv'}"]) == 0
+    assert pl.read_csv(tmp_path / "runs.csv")["epochs"].to_list() == [4, 7.5]

@@ -244,6 +244,19 @@ def test_answers_to_another_question_are_not_used(run, test_images, tmp_path):
         (tmp_path / "kept").unlink()
 
 
+def test_the_answer_to_a_photograph_that_has_changed_is_not_used(tmp_path):
+    files = [tmp_path / f"{number}.jpg" for number in range(3)]
+    for file in files:
+        file.write_bytes(b"one")
+    with Kept(tmp_path / "kept", {}) as kept:
+        kept.resume(files)
+        for file in files:
+            kept.add({"file": str(file)})
+    files[0].write_bytes(b"another")
+    with Kept(tmp_path / "kept", {}) as kept:
+        assert kept.resume(files) == (0, 0)
+
+
 def test_a_row_for_each_box(run, test_images, tmp_path, caplog):
     photos, boxes = tmp_path / "photos", tmp_path / "boxes.csv"
     photos.mkdir()

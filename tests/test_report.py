@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -191,6 +192,22 @@ def test_pairs_count_mistakes_both_ways_and_few_photographs_prove_little():
     assert best["label"].to_list() == ["e", "c"] and worst["label"].to_list() == ["a", "b"]
     row = of_answers.by_class(table).row(by_predicate=pl.col("label") == "a", named=True)
     assert (row["correct"], row["precision"], row["mistaken_for"]) == (0, 0.0, "b")
+
+
+def test_the_data_may_lie_elsewhere_and_the_starts_differ(hostile, tmp_path):
+    workdir = shutil.copytree(hostile, tmp_path / "run")
+    config = json.loads((workdir / "config.json").read_text())
+    root, config["data"]["root"] = config["data"]["root"], "/nowhere"
+    (workdir / "config.json").write_text(json.dumps(config))
+    record = json.loads((workdir / "run.json").read_text())
+    record["total_steps"] *= 2  # patience has ended it
+    first = record["starts"][0] | {"command": "python main.py"}
+    record["starts"] = [first, first, first | {"command": "python main.py --accept_changes", "step": 15}]
+    (workdir / "run.json").write_text(json.dumps(record))
+    report(workdir, tmp_path / "page.html", data_root=Path(root))
+    text = (tmp_path / "page.html").read_text()
+    assert "<img" in text and "There are no photographs" not in text
+    assert text.count("<pre>python main.py") == 2 and "from step 15:" in text
 
 
 def test_without_the_data_the_page_says_so_and_has_no_photographs(hostile, tmp_path):

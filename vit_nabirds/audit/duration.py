@@ -72,12 +72,15 @@ def of_duration(run: Run, speed: Speed | None, limit: float | None, leave: float
     if speed is None:
         return Findings(["duration     not known: say how fast it is, with --images_per_second=N"])
     steps = run.plan.total_steps - run.start
-    held = len(run.validation_split or ())
-    evaluations = ends(run.plan.evaluate_every, run.start, run.plan.total_steps) if held else 0
-    scored = COUNTS[run.config.evaluate.views] * (evaluations * held + 2 * len(run.test_split))
+    evaluations = ends(run.plan.evaluate_every, run.start, run.plan.total_steps)
+    if run.validation_split:  # and at the end the selected checkpoint and the last
+        scored = evaluations * len(run.validation_split) + 2 * len(run.test_split)
+    else:
+        scored = evaluations * len(run.test_split)
+    scored *= COUNTS[run.config.evaluate.views]
     seconds = START + (steps * run.config.batch_size + FORWARD * scored) / speed.images
     about = "at least" if speed.is_bound else "about"
-    evaluated = f" and {counted(evaluations, 'evaluation')}" if evaluations else ""
+    evaluated = f" and {counted(evaluations, 'evaluation')}"
     rate = f"{speed.images:,.0f}" if speed.images >= 100 else f"{speed.images:.3g}"
     lines = [
         f"duration     {about} {about_minutes(seconds)} for {counted(steps, 'step')}{evaluated}",

@@ -61,12 +61,18 @@ def workdirs_in(given: list[str]) -> list[Path]:
     workdirs = []
     for path in map(Path, given):
         if path.is_dir():
-            workdirs += find_runs(path) or [path]
+            found = find_runs(path) or [
+                run for link in sorted(path.iterdir()) if link.is_symlink() for run in find_runs(link)
+            ]
+            if not found and any(path.iterdir()) and not (path / "config.json").exists():
+                raise UserError(f"{quoted(path)} holds no run, nor does a folder below it.")
+            workdirs += found or [path]
         elif not path.exists():
             raise UserError(f"{quoted(path)}: there is no such folder. Give workdirs of runs, or folders with some.")
     if not workdirs:
         raise UserError(f"{quoted(given[0])} is a file: give workdirs of runs, or folders with some.")
-    return list(dict.fromkeys(workdirs))
+    first = {workdir.resolve(): workdir for workdir in reversed(workdirs)}  # each run once, whatever it is called
+    return [workdir for workdir in dict.fromkeys(workdirs) if first[workdir.resolve()] == workdir]
 
 
 def column_of(name: str, flag: str) -> str:
@@ -107,10 +113,13 @@ class Condition(NamedTuple):
         has = row.value(self.column)
         if has is None:
             return False
-        if isinstance(has, bool | str):
+        is_names = isinstance(has, tuple) and all(isinstance(value, str) for value in has)
+        if is_names or isinstance(has, bool | str):
             if self.compare not in (operator.eq, operator.ne):
                 raise ConfigError(f"--where={quoted(self.text)}: {self.column} is no number, so use = or !=.")
-            return self.compare(str(has).lower(), self.value.lower())
+            if isinstance(has, bool) and self.value.lower() not in ("true", "false"):
+                raise ConfigError(f"--where={quoted(self.text)}: {self.column} is True or False.")
+            return self.compare((",".join(has) if is_names else str(has)).lower(), self.value.lower())
         try:
             wanted = tuple(float(part) for part in self.value.strip("()[] ").split(","))
         except ValueError:

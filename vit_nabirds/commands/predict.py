@@ -81,15 +81,16 @@ def predict(
 
     from vit_nabirds.data.boxes import BoxFinder
     from vit_nabirds.evaluation.classifier import Classifier
-    from vit_nabirds.evaluation.kept import Kept
+    from vit_nabirds.evaluation.kept import Kept, version_of
     from vit_nabirds.terminal import progress
 
     find = boxes and BoxFinder(boxes, files, images if images.is_dir() else images.parent)
     classifier = Classifier(**source)
     cv2.setNumThreads(1)  # one reading thread runs on each core already
     first, unit = out or html, "boxes" if find else "photographs"
-    question = {"model": classifier.fingerprint, "topk": topk, "thumbnails": html is not None, "boxes": _version(boxes)}
-    with Kept(first.with_name(f".{first.name}.answers"), question | {"max_pixels": source.get("max_pixels")}) as kept:
+    question = {"model": classifier.fingerprint, "topk": topk, "thumbnails": html is not None}
+    question |= {"boxes": boxes and version_of(boxes), "max_pixels": source.get("max_pixels")}
+    with Kept(first.with_name(f".{first.name}.answers"), question) as kept:
         done, before = kept.resume(files)
         if done:
             log.info("%d of %d photographs were answered before: going on", done, len(files))
@@ -110,12 +111,6 @@ def predict(
         says = f"the column 'problem' of {out}" if out else html
         log.warning("%d of %d have no species: %s says why", problems, named + problems, says)
     return 0 if named else 1
-
-
-def _version(file: Path | None) -> list | None:
-    """What changes when a file does."""
-    status = file and file.stat()
-    return status and [str(file.absolute()), status.st_size, status.st_mtime_ns]
 
 
 def write_answers(answers: Iterable[dict], out: Path | None, html: Path | None, images: Path) -> tuple[int, int]:

@@ -453,7 +453,7 @@ def _checked(name: str, value: Any, field: dataclasses.Field) -> Any:
         if kind.has(value):
             parsed = check.parse(value) if check.parse else value
             if check.holds(parsed):
-                return parsed
+                return float(parsed) if kind is KINDS[float] and not check.parse else parsed
     except (TypeError, ValueError, OverflowError):
         pass
     raise ConfigError(f"config.{name} is {shown(value)}: it must be {expected_of(field)}.")

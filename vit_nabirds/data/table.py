@@ -33,7 +33,7 @@ def read_table(root: Path, label: str = "species", validation: float = 0.0) -> p
     if not file.is_file():
         raise UserError(
             f"{file} is missing: give a folder that `main.py prepare` has finished as --config.data.root (to "
-            "`evaluate`, as --data_root)."
+            "`evaluate` and `report`, as --data_root)."
         )
     try:
         present = pl.read_parquet_schema(file).keys()

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vit_nabirds.config.fields import Data
 from vit_nabirds.data.photographs import open_split
 from vit_nabirds.data.table import BIRD, read_table
 from vit_nabirds.data.taxonomy import Taxonomy, read_taxonomy
@@ -22,13 +21,13 @@ class Photograph(NamedTuple):
 
 
 class Album:
-    """Of the prepared folder that a run was trained on. Without it the album is empty, and `problem` says why."""
+    """Of the prepared folder `root` that a run was trained on, with its `label`. Without it the album is empty, and
+    `problem` says why."""
 
-    def __init__(self, data: Data) -> None:
+    def __init__(self, root: Path, label: str) -> None:
         self.problem, self.taxonomy, self._rows = "", None, {}
         try:
-            root = Path(data.root)
-            table = read_table(root, data.label)
+            table = read_table(root, label)
             self._photographs = open_split(root, table, "test")
             self.taxonomy: Taxonomy | None = read_taxonomy(root, table)
         except UserError as error:

@@ -112,7 +112,7 @@ def views_of(rows: list[Row]) -> list[View]:
 
 def _tested_on(row: Row) -> tuple:
     """What tells different test photographs apart."""
-    return row.value("data.root"), row.value("data.label"), row.run.results["test"]["examples"]
+    return row.run.photographs, row.value("data.label"), row.run.results["test"]["examples"]
 
 
 def over_seeds(rows: list[Row]) -> list[Row]:
@@ -120,7 +120,8 @@ def over_seeds(rows: list[Row]) -> list[Row]:
     groups = {}
     for row in rows:
         if row.run.state == FINISHED:
-            groups.setdefault(repr(row.run.fields | {"seed": None}), []).append(row)
+            same = row.run.fields | {"seed": None, "data.root": row.run.photographs}
+            groups.setdefault(repr(same), []).append(row)
     several = [group for group in groups.values() if len({row.value("seed") for row in group}) > 1]
     names = [name for name in differing([group[0] for group in several]) if name != "seed"]
     return [_mean(group, names) for group in several]

@@ -27,5 +27,5 @@ def write_csv(rows: list[Row], file: Path) -> None:
 def _series(name: str, values: list) -> pl.Series:
     """Numbers as numbers, anything else as text."""
     if all(value is None or type(value) in (int, float) for value in values):
-        return pl.Series(name, values, pl.Int64 if any(type(value) is int for value in values) else pl.Float64)
+        return pl.Series(name, values, pl.Float64 if any(type(value) is float for value in values) else pl.Int64)
     return pl.Series(name, ["" if value in (None, "") else value_in_words(value) for value in values], pl.String)

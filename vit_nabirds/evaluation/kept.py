@@ -9,9 +9,19 @@ from typing import Self
 from vit_nabirds.parallel.locks import lock
 
 
+def version_of(file: Path) -> list:
+    """What changes when a file does."""
+    try:
+        status = file.stat()
+    except OSError:
+        return [str(file.absolute())]
+    return [str(file.absolute()), status.st_size, status.st_mtime_ns]
+
+
 class Kept:
     """A file of JSON lines: the question, then an answer each. It stays when the command is stopped, and goes when all
-    is done. `question` is what decides the answers: those to another question are thrown away."""
+    is done. `question` is what decides the answers: those to another question are thrown away, and so are those to
+    photographs that have changed."""
 
     def __init__(self, file: Path, question: dict) -> None:
         self._file, self._question = file, json.dumps(question, sort_keys=True).encode() + b"\n"
@@ -28,17 +38,17 @@ class Kept:
             before, place = 0, self._opened.tell()
             for line in self._opened:
                 try:
-                    name = json.loads(line)["file"] if line.endswith(b"\n") else None
+                    seen = json.loads(line)["seen"] if line.endswith(b"\n") else None
                 except (ValueError, KeyError, TypeError):
-                    name = None
-                if name is None:
+                    seen = None
+                if seen is None:
                     break
-                if not done or done[-1] != name:
-                    done.append(name)
+                if not done or done[-1] != seen:
+                    done.append(seen)
                     before, end = answers, place
                 place, answers = place + len(line), answers + 1
             done, answers = done[:-1], before
-        if not done or done != [str(photograph) for photograph in photographs[: len(done)]]:
+        if not done or done != [version_of(photograph) for photograph in photographs[: len(done)]]:
             done, answers, end = [], 0, 0
         os.truncate(self._file, end)
         self._opened.seek(end)
@@ -47,7 +57,7 @@ class Kept:
         return len(done), answers
 
     def add(self, answer: dict) -> None:
-        self._opened.write(json.dumps(answer).encode() + b"\n")
+        self._opened.write(json.dumps(answer | {"seen": version_of(Path(answer["file"]))}).encode() + b"\n")
         self._opened.flush()
 
     def __iter__(self) -> Iterator[dict]:

@@ -34,11 +34,13 @@ def page_of(run: Workdir, album: Album) -> dict:
         "run": run,
         "name": run.folder.absolute().name,
         "headline": headline(run),
+        "epochs": epochs_in_words(run),
         "levels": rows,
         "levels_start": scale_start(rows),
         "plots": [plot for name in CURVES if (plot := own_curves(run, name))],
         "fields": field_rows(run.config),
         "facts": facts(run),
+        "commands": commands(run),
         "missing": missing(run) + [f"There are no photographs: {album.problem}"] * bool(album.problem and run.results),
         "album": album,
         "classes": None,
@@ -98,7 +100,9 @@ def headline(run: Workdir) -> dict | None:
         if not evaluations:
             return None
         sign = -1 if metric == "loss" else 1
-        step = max(evaluations, key=lambda step: sign * evaluations[step][metric]) if metric else max(evaluations)
+        step = max(evaluations)
+        if metric:  # as the run selects
+            step = max(sorted(evaluations), key=lambda n: (sign * evaluations[n][metric], -evaluations[n]["loss"]))
         figures, of = evaluations[step], "validation" if metric else "test"
         why = "the best so far" if metric else "the newest evaluation"
     examples, share = figures["examples"], figures["accuracy"]
@@ -107,6 +111,20 @@ def headline(run: Workdir) -> dict | None:
         "share": share, "low": low, "high": high, "correct": round(share * examples), "examples": examples, "of": of,
         "step": step, "why": why, "figures": figures,
     }  # fmt: skip
+
+
+def epochs_in_words(run: Workdir) -> str:
+    """Like '6 epochs', or '4.5 of 6 epochs' of a training that was stopped or has ended early."""
+    planned, last = run.config.epochs, max(run.metrics, key=lambda line: line["step"], default={})
+    is_whole = not last or run.record and last["step"] >= run.record.total_steps or last.get("epoch", 0) >= planned
+    return f"{planned:g} epochs" if is_whole else f"{last.get('epoch', 0):.3g} of {planned:g} epochs"
+
+
+def commands(run: Workdir) -> list[tuple[int, str]]:
+    """(step, command) of each start that was asked for in other words than the one before."""
+    starts = [start for start in (run.record.starts if run.record else ()) if start.command]
+    before = ["", *(start.command for start in starts)]
+    return [(x.step, x.command) for x, earlier in zip(starts, before, strict=False) if x.command != earlier]
 
 
 def levels(test: dict, album: Album) -> list[dict]:
@@ -173,7 +191,7 @@ def facts(run: Workdir) -> list[tuple[str, str | None]]:
         ("model", model_in_words(config.model)),
         ("parameters", record and f"{record.parameters:,}, of which {record.trained:,} are trained"),
         ("first start", record and moment(record.starts[0].time)),
-        ("starts", record and f"{len(record.starts):,}"),
+        ("starts", record and f"{len(record.starts):,}{'; below is the last' * (len(record.starts) > 1)}"),
         ("logged for", time_in_words(max(times) - min(times)) if times else None),
         ("devices", start and f"{start.devices}; {start.processes:,} process{'es' * (start.processes > 1)}"),
         ("git revision", start and (start.revision or None)),
@@ -194,9 +212,12 @@ def missing(run: Workdir) -> list[str]:
     if run.results is None:
         last, total = max((line["step"] for line in run.metrics), default=0), run.record and run.record.total_steps
         reached = f"step {last:,}" + (f" of {total:,}" if total else "")
+        known = "nothing is known about the test photographs"
+        if run.split == "test" and run.evaluations:
+            known = "the figures are those of its newest evaluation"
         lines.append(
-            f"The training has not come to its end (the log has {reached}), so nothing is known about the test "
-            "photographs. The command of the training, run again, goes on with it."
+            f"The training has not come to its end (the log has {reached}), so {known}. The command of the training, "
+            "run again, goes on with it."
         )
     elif run.answers is None:
         lines.append("predictions.parquet is missing, so nothing is said of single species and photographs.")

@@ -62,10 +62,10 @@ def open_run(workdir: Path, step: int | None = None) -> LoadedRun:
 
     Its parameters are the moving averages where the run has some; low-rank changes are added to the weights under them.
     """
-    if not (workdir / "checkpoints").is_dir() or not (workdir / "config.json").is_file():
-        raise UserError(
-            f"{workdir} holds no run (no 'checkpoints', no 'config.json'): give the --workdir of a training."
-        )
+    missing = [name for name in ("checkpoints", "config.json") if not (workdir / name).exists()]
+    if missing or not workdir.is_dir():
+        lacks = ", ".join(f"no {name!r}" for name in missing)
+        raise UserError(f"{workdir} holds no run ({lacks}): give the --workdir of a training.")
     try:
         config = Config.read(with_defaults(read_object(workdir / "config.json")))
     except (ValueError, UserError) as error:

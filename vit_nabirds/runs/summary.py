@@ -18,6 +18,7 @@ from vit_nabirds.config.fields import FREE_ON_RESUME, fields, flat, with_default
 from vit_nabirds.config.json_files import read_object
 from vit_nabirds.errors import UserError, reason_of
 from vit_nabirds.runs.metrics import read_metrics
+from vit_nabirds.runs.record import Record, read_record
 from vit_nabirds.runs.selection import TEST, check_figures
 
 PLACES = ("data.root", "model.pretrained")  # of data and weights; elsewhere they may be others
@@ -34,6 +35,7 @@ class Summary:
     config: Config | None = None  # None: there is none yet, or it is damaged
     metrics: list[dict[str, float]] = dataclasses.field(default_factory=list)  # lines of metrics.jsonl, without lists
     results: dict | None = None  # results.json of a finished training
+    record: Record | None = None  # run.json; None for a run of an earlier version
     problem: str = ""  # which file cannot be used, and why
 
     @property
@@ -52,6 +54,11 @@ class Summary:
         """The configuration by dotted name, as it is written; empty without one."""
         return flat(self.config.to_dict()) if self.config else {}
 
+    @property
+    def photographs(self) -> str:
+        """What tells the data of runs apart, wherever they lie."""
+        return self.record.fingerprint if self.record else self.fields.get("data.root", "")
+
     @functools.cached_property
     def last_step(self) -> int:
         return max((line["step"] for line in self.metrics), default=0)
@@ -59,6 +66,8 @@ class Summary:
     @functools.cached_property
     def total_steps(self) -> int | None:
         """Of the whole training as it is planned. The log has no number of photographs, but steps and epochs."""
+        if self.record:
+            return self.record.total_steps
         line = max(self.metrics, key=lambda line: line.get("epoch", 0), default={})
         if self.config is None or line.get("epoch", 0) <= 0:
             return None
@@ -112,7 +121,7 @@ def read_summary(workdir: Path) -> Summary:
     except (ValueError, UserError, OSError) as error:
         reason = reason_of(error) if isinstance(error, OSError) else error
         found["problem"] = f"{file.name} cannot be used ({reason})"
-    return Summary(workdir, **found)
+    return Summary(workdir, **found, record=read_record(workdir))
 
 
 def _without_lists(line: dict) -> dict[str, float]:

@@ -8,7 +8,7 @@ import polars as pl
 from vit_nabirds.config import Config
 from vit_nabirds.data.foreign import PARQUET_ERRORS, read_parquet
 from vit_nabirds.errors import UserError, quoted
-from vit_nabirds.runs.record import Record, read_record
+from vit_nabirds.runs.record import Record
 from vit_nabirds.runs.selection import PREDICTIONS
 from vit_nabirds.runs.summary import are_shares, find_runs, read_summary
 
@@ -65,7 +65,7 @@ def read_workdir(folder: Path) -> Workdir:
     if run.problem:
         raise UserError(f"{folder}: {quoted(run.problem, 500)}. Run the training's command again.")
     answers = _answers(folder / PREDICTIONS) if run.results else None
-    return Workdir(folder, run.config, run.metrics, run.results, answers, read_record(folder))
+    return Workdir(folder, run.config, run.metrics, run.results, answers, run.record)
 
 
 def _answers(file: Path) -> pl.DataFrame | None:
@@ -75,5 +75,8 @@ def _answers(file: Path) -> pl.DataFrame | None:
     try:
         table = read_parquet(file, columns=list(ANSWERS)).cast(ANSWERS)
     except PARQUET_ERRORS as error:
-        raise UserError(f"{file} is not a readable Parquet file ({quoted(error)}).") from None
+        raise UserError(
+            f"{file} is not a readable Parquet file ({quoted(error)}): delete it, and the page says nothing of single "
+            "species and photographs."
+        ) from None
     return table
