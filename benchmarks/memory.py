@@ -49,7 +49,7 @@ def measure(case: str) -> dict[str, int]:
 def table(found: dict[str, dict[str, int]]) -> str:
     """Markdown: a row for each model and size, GiB by layout; in bold what fits 40 GB, in brackets what no GPU of 80 GB
     holds."""
-    layouts = list(dict.fromkeys(case.split(", ", 2)[2] for case in cases()))
+    layouts = sorted({case.split(", ", 2)[2] for case in cases()})
     lines = ["| | " + " | ".join(layouts) + " |", "|---|" + "---:|" * len(layouts)]
     for row in dict.fromkeys(", ".join(case.split(", ")[:2]) for case in cases()):
         cells = [shown(found.get(f"{row}, {layout}")) for layout in layouts]
