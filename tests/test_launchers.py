@@ -122,6 +122,9 @@ def test_a_command_typed_in_the_shell_of_srun_works_alone(monkeypatch):
 def test_why_one_process_works_alone_in_an_allocation_for_several():
     assert why_alone({}) is None and why_alone({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "1"}) is None
     assert why_alone({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}).startswith("this allocation has 8 tasks")
+    assert why_alone({"SLURM_JOB_ID": "1", "SLURM_HET_SIZE": "2"}).startswith("this is one task of a heterogeneous job")
+    assert why_alone({"RANK": "1"}).startswith("RANK is set, as by torchrun, but WORLD_SIZE is not")
+    assert why_alone({"PROCESS_ID": "0", "NUM_PROCESSES": "1"}) is None
 
 
 @pytest.mark.parametrize(

@@ -134,10 +134,14 @@ def processes_of_first_node(environ: Mapping[str, str] = os.environ) -> int:
 
 
 def why_alone(environ: Mapping[str, str] = os.environ) -> str | None:
-    """A line for the user whose one process is in an allocation for several."""
+    """A line for the user whose one process is in an allocation for several, or has half of a launcher's words."""
     tasks = environ.get("SLURM_NTASKS", "1")
     if environ.get("SLURM_HET_SIZE", "1") != "1":
         return "this is one task of a heterogeneous job (SLURM_HET_SIZE): it works alone"
     if "SLURM_JOB_ID" not in environ or tasks == "1":
+        for launcher, names in LAUNCHERS.items():
+            said, missing = sorted(names[:2], key=lambda name: name not in environ)
+            if said in environ and missing not in environ:
+                return f"{said} is set, as by {launcher}, but {missing} is not: this process works alone"
         return None
     return f"this allocation has {tasks} tasks, but srun did not start this process as one of them: it works alone"
