@@ -257,15 +257,7 @@ def prepare_run(
         base = base_checksum(digests)
     metadata = Metadata(config.to_dict(), architecture, classes, normalization, fingerprint(root, table), crop, base)
     if saved:
-        if changed := _changes_of(saved, metadata, config, workdir, accept_changes):
-            if from_step is not None:
-                saved_steps, saved = up_to(workdir, saved_steps, from_step)
-                changed = _changes_of(saved, metadata, config, workdir, accept_changes)
-            log.info("changed from step %d on: %s", max(saved_steps), changed)
-        elif from_step is not None:
-            log.info("--from_step is not used: the newest checkpoint has this configuration already")
-        entry = [{"step": max(saved_steps), "changed": changed}] if changed else []
-        metadata = dataclasses.replace(metadata, history=[*saved.history, *entry])
+        saved_steps, metadata, changed = _going_on(saved_steps, saved, metadata, workdir, accept_changes, from_step)
     if len(classes) == 1:
         raise UserError(f"{root} has one class, {quoted(classes[0])}: prepare photographs of at least two.")
     for split in (train_split, test_split):
@@ -297,6 +289,22 @@ def prepare_run(
     selection.forget_after(run.start)
     _check_agreement(run, group)
     return run
+
+
+def _going_on(
+    steps: list[int], saved: Metadata, metadata: Metadata, workdir: Path, accept_changes: bool, from_step: int | None
+) -> tuple[list[int], Metadata, dict[str, str]]:
+    """The checkpoints that a run goes on from, its metadata with their history, and what the configuration changes."""
+    config = Config.read(metadata.config)
+    if changed := _changes_of(saved, metadata, config, workdir, accept_changes):
+        if from_step is not None:
+            steps, saved = up_to(workdir, steps, from_step)
+            changed = _changes_of(saved, metadata, config, workdir, accept_changes)
+        log.info("changed from step %d on: %s", max(steps), changed)
+    elif from_step is not None:
+        log.info("--from_step is not used: the newest checkpoint has this configuration already")
+    entry = [{"step": max(steps), "changed": changed}] if changed else []
+    return steps, dataclasses.replace(metadata, history=[*saved.history, *entry]), changed
 
 
 def up_to(workdir: Path, steps: list[int], last: int) -> tuple[list[int], Metadata]:
